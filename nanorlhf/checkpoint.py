@@ -1,0 +1,350 @@
+"""Model folders in Hugging Face's format, in and out, and a run's resumable state. safetensors only: nothing is ever unpickled.
+
+RUN/model/       config.json, model.safetensors, tokenizer files: loads with transformers' AutoModelForCausalLM / ForSequenceClassification
+RUN/state.safetensors   weights, optimizer, step and the few numbers of a run, in one file, so that one rename makes it new
+RUN/config.json  every flag, the versions, the parent run
+"""
+import dataclasses
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from . import gpt2, llama, tokenizer
+from .config import InputError
+from .heads import Policy, Scorer
+from .log import replace
+from .reward import RewardModel
+
+FAMILIES = {"gpt2": gpt2.GPT2, "llama": llama.Llama}
+SIZES = {**{name: (gpt2.GPT2, config) for name, config in gpt2.SIZES.items()},
+         **{name: (llama.Llama, config) for name, config in llama.SIZES.items()}}
+OLD_BUFFERS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")       # constants that old releases stored
+GPT2_FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+LLAMA_FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
+ROPE = {"rope_factor": "factor", "rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_context": "original_max_position_embeddings"}
+
+
+def _json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({str(error)[:80]})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------- config.json, both ways
+
+def trunk_config(values, path):
+    """Hugging Face's config.json (a dict) -> (model class, our config). What we do not implement is refused by name."""
+    family = FAMILIES.get(values.get("model_type"))
+    if family is None:
+        raise InputError(f"{path}: model_type {values.get('model_type')!r} is neither gpt2 nor llama")
+    for key, allowed in (GPT2_FIXED if family is gpt2.GPT2 else LLAMA_FIXED).items():
+        if values.get(key, allowed[0]) not in allowed:
+            raise InputError(f"{path}: {key} {values[key]!r} is not implemented (only {allowed[0]!r})")
+    values = dict(values)
+    # PretrainedConfig leaves out what equals its default; both families tie unless a file says otherwise, LLaMA does not
+    values.setdefault("tie_word_embeddings", family is gpt2.GPT2)
+    if family is llama.Llama:
+        rope = {"rope_theta": values.get("rope_theta", 10000.0), **(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "linear", "llama3"):
+            raise InputError(f"{path}: rope type {kind!r} is not implemented (default, linear, llama3)")
+        values.update({ours: rope[theirs] for ours, theirs in ROPE.items() if theirs in rope}, rope_type=kind, rope_theta=rope["rope_theta"])
+    found = {}
+    for field in dataclasses.fields(family.Config):
+        value = values.get(field.name, field.default)
+        kind = type(field.default) if field.default is not None else int
+        fits = isinstance(value, (int, float) if kind is float else kind) and not (kind is int and isinstance(value, bool))
+        if not (value is None and field.default is None) and not (fits and (kind in (bool, str) or 0 < value < 1e9)):
+            raise InputError(f"{path}: {field.name} {value!r} is not a valid {kind.__name__}")
+        found[field.name] = value
+    config = family.Config(**found)
+    if family is gpt2.GPT2 and config.n_embd % config.n_head or family is llama.Llama and config.num_attention_heads % config.key_value_heads:
+        raise InputError(f"{path}: the number of heads does not divide evenly")
+    return family, config
+
+
+def _hub_config(trunk, tok, architecture, vocab_size):
+    """Our config -> Hugging Face's config.json, with rope in the spelling of transformers 4 and of 5."""
+    values = {key: value for key, value in dataclasses.asdict(trunk.config).items() if not key.startswith("rope_")}
+    values.update(model_type=trunk.family, architectures=[architecture], vocab_size=vocab_size, bos_token_id=tok.bos_id,
+                  eos_token_id=tok.eos_id, pad_token_id=tok.pad_id if tok.pad_id < vocab_size else None, dtype="float32", torch_dtype="float32")
+    if trunk.family == "gpt2":
+        values.update(activation_function="gelu_new", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        values["bos_token_id"] = tok.eos_id if tok.bos_id is None else tok.bos_id
+    else:
+        config = trunk.config
+        rope = {theirs: getattr(config, ours) for ours, theirs in ROPE.items()} if config.rope_type == "llama3" else \
+            {"factor": config.rope_factor} if config.rope_type == "linear" else {}
+        values.update(hidden_act="silu", num_key_value_heads=config.key_value_heads, head_dim=config.head_width, rope_theta=config.rope_theta,
+                      rope_scaling={"rope_type": config.rope_type, **rope} if rope else None,
+                      rope_parameters={"rope_theta": config.rope_theta, "rope_type": config.rope_type, **rope})
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+def _weight_files(folder):
+    """The safetensors files of a folder: one, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not (folder / "model.safetensors").exists():
+            other = next((p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))), None)
+            raise InputError(f"{folder}: no model.safetensors" + (f" ({other} is pickled and never loaded; convert it to safetensors)" if other else ""))
+        return [folder / "model.safetensors"]
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
+        raise InputError(f"{index}: weight_map does not map tensors to file names in this folder")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+@torch.no_grad()
+def _fill(module, names, folder, ignored=()):
+    """Fills the parameters of `module` from a folder. names: tensor name in the file -> parameter name. Every tensor is accounted for."""
+    parameters, missing = dict(module.named_parameters()), dict(names)
+    prefix = next((name.split(".")[0] + "." for name in names if "." in name), "")
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    name = key if key in names else prefix + key       # GPT-2 was published without `transformer.`
+                    if OLD_BUFFERS.search(key) or key in ignored:
+                        continue
+                    if name not in missing:
+                        raise InputError(f"{path}: tensor {key!r} is not part of this model")
+                    tensor, parameter = file.get_tensor(key), parameters[missing.pop(name)]
+                    if tensor.shape != parameter.shape:
+                        raise InputError(f"{path}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}")
+                    if not torch.isfinite(tensor).all():
+                        raise InputError(f"{path}: tensor {key!r} holds NaN or infinity")
+                    parameter.copy_(tensor)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a readable safetensors file ({str(error)[:100]})") from None
+    if missing:
+        raise InputError(f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)")
+
+
+def _names(trunk):
+    """Tensor name in a hub file -> parameter name of the trunk."""
+    return {key if key.startswith("lm_head") else trunk.prefix + key: key for key, _ in trunk.named_parameters()}
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+def model_folder(path):
+    """A model folder itself, or the one of a run."""
+    path = Path(path)
+    if (path / "model" / "config.json").exists():
+        return path / "model"
+    if not path.exists():
+        raise InputError(f"{path}: no such folder, and no size's name ({', '.join(SIZES)})")
+    if (path / "config.json").exists() and "flags" in _json(path / "config.json"):
+        raise InputError(f"{path}: a run that has not saved a model yet")
+    return path
+
+
+def load_tokenizer(folder):
+    try:
+        return tokenizer.load(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from None
+
+
+def _check_fit(trunk, tok, folder):
+    if tok.vocab_size > trunk.config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model {trunk.config.vocab_size}: they do not belong together")
+
+
+def _empty(family, config):
+    """A model whose weights nobody has drawn yet: they are about to be loaded."""
+    with torch.device("meta"):
+        trunk = family(config)
+    trunk = trunk.to_empty(device="cpu")
+    if family is llama.Llama:
+        trunk.frequencies = llama.rope_frequencies(config)
+    return trunk
+
+
+def load_trunk(path, head=True):
+    """Trunk and tokenizer of any GPT-2 or LLaMA folder; head=False leaves a language-model head out.  -> (trunk, tokenizer)"""
+    folder = model_folder(path)
+    values = _json(folder / "config.json")
+    family, config = trunk_config(values, folder / "config.json")
+    if "ForSequenceClassification" in str(values.get("architectures")):
+        raise InputError(f"{folder}: a reward model; a language model is wanted here")
+    trunk, ignored = _empty(family, config), ["lm_head.weight"] * config.tie_word_embeddings
+    if not head:
+        trunk.lm_head, ignored = None, ["lm_head.weight"]
+    tok = load_tokenizer(folder)
+    _check_fit(trunk, tok, folder)
+    _fill(trunk, _names(trunk), folder, ignored)
+    return trunk, tok
+
+
+def load_policy(path):
+    """A policy with its `.tokenizer`, from a run or a model folder."""
+    trunk, tok = load_trunk(path)
+    policy = Policy(trunk)
+    policy.tokenizer = tok
+    return policy
+
+
+def load_reward_model(path):
+    """A RewardModel (tokenizer, map, mean and deviation within), from a run or a model folder."""
+    folder = model_folder(path)
+    values = _json(folder / "config.json")
+    if "ForSequenceClassification" not in str(values.get("architectures")):
+        raise InputError(f"{folder}: not a reward model (architectures {values.get('architectures')}); train one with train_rm.py")
+    family, config = trunk_config(values, folder / "config.json")
+    outputs = len(values.get("id2label") or {0: 0, 1: 0})              # transformers' default is two labels
+    trunk = _empty(family, config)
+    trunk.lm_head = None
+    model, tok = Scorer(trunk, outputs), load_tokenizer(folder)
+    _check_fit(trunk, tok, folder)
+    names = {name: f"trunk.{key}" for name, key in _names(trunk).items()}
+    _fill(model, {**names, "score.weight": "score.weight"}, folder)
+    reward = {"map": "identity", "mean": 0.0, "std": 1.0, **(values.get("nanorlhf_reward") or {})}
+    return RewardModel(model, tok, reward["map"], reward["mean"], reward["std"])
+
+
+def start(init, tokenizer_folder, texts, head=True):
+    """What --init names: a folder's weights, or random ones of a size's name, with their tokenizer.  -> (trunk, tokenizer, words for the header)
+
+    texts: a function that gives the data's texts, called where a nano size trains its small tokenizer on them.
+    """
+    if init not in SIZES:
+        if tokenizer_folder:
+            raise InputError(f"--tokenizer goes with random weights; {init} has its own")
+        trunk, tok = load_trunk(init, head)
+        return trunk, tok, f"weights from {model_folder(init)}"
+    family, config = SIZES[init]
+    if tokenizer_folder:
+        tok = load_tokenizer(model_folder(tokenizer_folder))
+    elif init.endswith("-nano"):
+        train = tokenizer.train_bpe if family is gpt2.GPT2 else tokenizer.train_sentencepiece
+        try:
+            tok = train(texts(), config.vocab_size)
+        except ValueError as error:
+            raise InputError(f"--init {init}: {error}") from None
+    else:
+        raise InputError(f"--init {init} is random weights of a real size: name its tokenizer's folder with --tokenizer")
+    if init.endswith("-nano") or tok.vocab_size > config.vocab_size:
+        config = dataclasses.replace(config, vocab_size=tok.vocab_size)
+    trunk = family(config)
+    if not head:
+        trunk.lm_head = None
+    return trunk, tok, f"random weights of size {init}"
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+def _save_model(folder, trunk, tok, architecture, extra_tensors, extra_config):
+    """Tokenizer and weights first, config.json last, each by a rename: the folder is a whole model at every instant."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: dict(trunk.named_parameters())[key].detach().float().cpu() for name, key in _names(trunk).items()}
+    vocab_size, table = trunk.config.vocab_size, trunk.prefix + ("wte" if trunk.family == "gpt2" else "embed_tokens") + ".weight"
+    if extra_tensors and tok.pad_id >= vocab_size:                     # a pad that is not EOS: one more row, unused here
+        tensors[table] = torch.cat([tensors[table], torch.zeros(tok.pad_id + 1 - vocab_size, trunk.width)])
+        vocab_size = tok.pad_id + 1
+    if not (folder / "config.json").exists():
+        tok.save(folder)
+    tensors.update({name: tensor.detach().float().cpu() for name, tensor in extra_tensors.items()})
+    replace(folder / "model.safetensors", save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"}))
+    config = {**_hub_config(trunk, tok, architecture, vocab_size), **extra_config}
+    replace(folder / "config.json", (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
+
+
+def save_policy(folder, policy, tok):
+    name = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[policy.trunk.family]
+    _save_model(folder, policy.trunk, tok, name, {}, {})
+
+
+def save_reward_model(folder, reward_model):
+    """Raw head output in score.weight; our map, mean and deviation as named keys in config.json."""
+    model, n = reward_model.model, reward_model.model.score.out_features
+    name = {"gpt2": "GPT2ForSequenceClassification", "llama": "LlamaForSequenceClassification"}[model.trunk.family]
+    labels = [f"LABEL_{i}" for i in range(n)]
+    _save_model(folder, model.trunk, reward_model.tokenizer, name, {"score.weight": model.score.weight}, {
+        "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
+        "nanorlhf_reward": {"map": reward_model.map, "mean": reward_model.mean, "std": reward_model.std}})
+
+
+# ---------------------------------------------------------------------------------------------------------- a run's state
+
+def open_run(config, script):
+    """Is this a new run, or the same one again? Other flags than the run was started with are refused.  -> true where there is a state to resume"""
+    out, flags = Path(config.out), dataclasses.asdict(config)
+    path = out / "config.json"
+    if not path.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {out}: exists and is not a run of ours; name another folder")
+        return False
+    before = _json(path)
+    if before.get("script") != script:
+        raise InputError(f"--out {out}: a run of {before.get('script')}, not of {script}")
+    old = before.get("flags", {})
+    other = [f"--{key} {old.get(key)!r} is now {value!r}" for key, value in flags.items() if old.get(key) != value and key != "steps"]
+    if old.get("steps") != flags["steps"]:
+        if flags["schedule"] != "constant":
+            other.append(f"--steps {old.get('steps')} is now {flags['steps']} (only with --schedule constant: the learning rate depends on it)")
+        elif flags["steps"] < old.get("steps", 0):
+            other.append(f"--steps {old.get('steps')} is now {flags['steps']} (fewer)")
+    if other:
+        raise InputError(f"--out {out} was started with other flags: {'; '.join(other)}")
+    return (out / "state.safetensors").exists()
+
+
+def begin(config, script, parent):
+    """Writes the run's config.json: from here on the folder is a run."""
+    out = Path(config.out)
+    versions = {name: metadata.version(name) for name in ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")}
+    parent = _json(Path(parent) / "config.json") if (Path(parent) / "config.json").exists() else None
+    values = {"script": script, "flags": dataclasses.asdict(config), "versions": versions,
+              "parent": parent if parent and "flags" in parent else None}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        replace(out / "config.json", (json.dumps(values, indent=1) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def save_state(out, model, optimizer, step, **numbers):
+    """Everything the next step depends on. step: finished steps; numbers: what else changes (the KL coefficient)."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach().cpu()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value.cpu()
+    about = json.dumps({"step": step, "threads": torch.get_num_threads(), **numbers})
+    replace(Path(out) / "state.safetensors", save({name: t.contiguous() for name, t in tensors.items()}, {"run": about}))
+
+
+@torch.no_grad()
+def load_state(out, model, optimizer):
+    """Fills model and optimizer.  -> the numbers of save_state, `step` among them"""
+    path = Path(out) / "state.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            numbers, keys = json.loads(file.metadata()["run"]), set(file.keys())
+            for name, parameter in model.named_parameters():
+                parameter.copy_(file.get_tensor(f"model.{name}"))
+                state = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in keys}
+                if state:
+                    optimizer.state[parameter] = {k: v if k == "step" and not parameter.is_cuda else v.to(parameter.device) for k, v in state.items()}
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged or of another model ({str(error)[:100]}); remove it to start again") from None
+    torch.set_num_threads(numbers["threads"])    # sums are split by threads: another number gives other last bits
+    return numbers

@@ -1,0 +1,49 @@
+"""Processes. One process is world size 1 of the same path: a script never asks how many there are, it only adds up.
+
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE.
+"""
+import os
+import signal
+
+import torch
+
+
+def setup(device, seed):
+    """Chooses the device ("auto", "cpu", "cuda" or "cuda:N"), seeds, asks for repeatable sums.  -> torch.device
+
+    Raises ValueError for a device that is not there, and for more than one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this version trains in one process: start it with python, or with torchrun --nproc_per_node=1")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except Exception as error:                   # torch raises AssertionError or RuntimeError, by its build
+        raise ValueError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
+    torch.manual_seed(seed)
+    # Gradients of gathered columns are scatter-adds; without this their order, so the last bit, depends on the threads.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False       # it guards against reading garbage, for a tenth of the time
+    return device
+
+
+class Stop:
+    """Ctrl-C and SIGTERM let the step finish; the loop then saves and leaves. A second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._ask)
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def autocast(device, dtype):
+    """The forward's number format: bfloat16 for the matrix products, while weights, softmax, losses and optimizer stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")

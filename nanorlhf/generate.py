@@ -1,0 +1,100 @@
+"""K samples of each prompt. The prompt is computed once; then its row grows by K columns at a time, one a sample, under the
+same rule of who sees whom as in training (gpt2.visible). So the prompt's keys and values are stored once a group.
+
+Every draw is a function of (seed, purpose, step, index of the prompt, sample): no generator has a state to save, and what a
+prompt's sample says does not depend on which other prompts are in the batch.
+
+B prompts, K samples each, R new tokens at most, P prompt columns, V vocabulary.
+"""
+import numpy as np
+import torch
+
+from .batching import micro_batches
+
+ROLLOUT, EVALUATION, SAMPLE = 2, 3, 4    # purposes: streams of random numbers that never meet (1 is batching.SHUFFLE)
+
+
+def uniforms(seed, purpose, step, index, sample, n):
+    """n numbers in [0, 1), one a token.  -> (n,) float64.  A counter-based generator: its key and counter are the address of the draw."""
+    address = np.random.Philox(key=[seed, purpose], counter=[0, step, index, sample])
+    return np.random.Generator(address).random(n)
+
+
+def distribution(logits, temperature, top_p):
+    """Probabilities to draw from, float64, summing to 1 over token ids.  (...,V) -> (...,V)
+
+    top_p keeps the fewest most likely tokens that hold at least top_p of the mass. No sort unless it is asked for.
+    """
+    probs = torch.softmax(logits.double() / temperature, -1)
+    if top_p < 1:
+        ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered                          # mass of the likelier ones
+        ordered = torch.where(before < top_p, ordered, torch.zeros_like(ordered))
+        probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def draw(logits, u, temperature=1.0, top_p=1.0):
+    """Inverse CDF over token ids: the first token whose cumulated probability exceeds u. temperature 0 is the likeliest token.
+
+    logits (...,V);  u (...) float64 in [0, 1)  ->  token ids (...)
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = distribution(logits, temperature, top_p)
+    below = (probs.cumsum(-1) <= u.unsqueeze(-1)).sum(-1)
+    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)     # rounding may leave the CDF short of u
+    return torch.minimum(below, last)
+
+
+@torch.no_grad()
+def extend(model, prompts, u, eos_id, temperature=1.0, top_p=1.0):
+    """Continues each of B prompts K times, up to EOS or R tokens.
+
+    prompts: B lists of ids;  u (B,K,R) float64, the draws  ->  (tokens (B,K,R) int64, lengths (B,K)), EOS included.
+    """
+    device = next(model.parameters()).device
+    u = torch.as_tensor(u, device=device)
+    (B, K, R), longest = u.shape, max(map(len, prompts))
+    ends = torch.tensor([len(prompt) for prompt in prompts], device=device)            # (B,)
+    tokens, branch = torch.zeros(B, longest, dtype=torch.long), torch.full((B, longest), -1)
+    for b, prompt in enumerate(prompts):
+        tokens[b, :len(prompt)], branch[b, :len(prompt)] = torch.tensor(prompt), 0
+    positions = torch.arange(longest, device=device) * (branch == 0).to(device)
+
+    cache = model.new_cache(B, longest + K * (R - 1))
+    hidden = model.hidden(tokens.to(device), positions, branch.to(device), cache)      # (B,P,D): the prompt, once
+    logits = model.logits(hidden[torch.arange(B, device=device), ends - 1])[:, None].expand(B, K, -1)
+
+    out = torch.zeros(B, K, R, dtype=torch.long, device=device)
+    lengths = torch.full((B, K), R, device=device)
+    alive = torch.arange(B, device=device)                                             # rows with an unfinished sample
+    samples = torch.arange(1, K + 1, device=device).expand(B, K)                       # branch of each new column
+    for r in range(R):
+        new = draw(logits, u[alive, :, r], temperature, top_p)                         # (rows,K)
+        out[alive, :, r] = new
+        lengths[alive] = torch.where((new == eos_id) & (lengths[alive] == R), r + 1, lengths[alive])
+        going = (lengths[alive] == R).any(-1)
+        if r == R - 1 or not going.any():
+            break
+        if not going.all():
+            alive, new = alive[going], new[going]
+            cache.keep(going)
+        hidden = model.hidden(new, (ends[alive, None] + r).expand(-1, K), samples[: len(alive)], cache)
+        logits = model.logits(hidden)                                                  # (rows,K,V)
+    return out, lengths
+
+
+def sample(model, prompts, indices, k, max_new, eos_id, seed, purpose, step, temperature=1.0, top_p=1.0, max_tokens=8192, first=0):
+    """K responses for each prompt, in batches of at most max_tokens columns.  -> for each prompt K lists of ids, EOS included
+
+    indices: each prompt's place in the data;  first: number of the first sample (drawing again takes later numbers).
+    """
+    found = [None] * len(prompts)
+    for part in micro_batches([len(prompt) + k * max_new for prompt in prompts], max_tokens):
+        u = np.stack([[uniforms(seed, purpose, step, indices[i], first + s, max_new) for s in range(k)] for i in part])
+        tokens, lengths = (x.tolist() for x in extend(model, [prompts[i] for i in part], u, eos_id, temperature, top_p))
+        for b, i in enumerate(part):
+            found[i] = [tokens[b][s][: lengths[b][s]] for s in range(k)]
+    return found

@@ -1,0 +1,75 @@
+"""The two models of RLHF: a trunk with what is put on top of it.
+
+B groups, K responses a group, R response tokens, T columns, D width, N outputs. A batch is `batching.Batch`: only its
+fields tokens, positions, branch, predictor, responses, mask, last are read here. Everything goes through `forward`,
+because the distributed wrappers act on `forward` alone.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class PolicyOutput(NamedTuple):
+    """All (B,K,R) float, aligned to the predicted token, 0 behind the mask; None where it was not asked for."""
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    values: torch.Tensor | None
+
+
+def columns(hidden, index):
+    """hidden (B,T,D), index (B, ...) columns of the same row  ->  (B, ..., D)"""
+    flat = index.reshape(index.shape[0], -1)
+    rows = torch.arange(index.shape[0], device=index.device)[:, None]
+    return hidden[rows, flat].view(*index.shape, hidden.shape[-1])
+
+
+class Policy(nn.Module):
+    """A language model, and for PPO a critic: a linear value head on the policy's own trunk ("only the last layer is new").
+
+    The value head starts at zero, so the first advantages are the rewards themselves. detach_value keeps the value
+    loss out of the trunk.
+    """
+
+    def __init__(self, trunk, value_head=False, detach_value=False):
+        super().__init__()
+        self.trunk, self.detach_value = trunk, detach_value
+        self.value_head = nn.Linear(trunk.width, 1) if value_head else None
+        if value_head:
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, batch, temperature=1.0, entropy=None):
+        """Log-probability of every response token at this temperature, its value, and by `entropy(logits)` its entropy.
+
+        Logits are computed for response tokens alone (n of them), in float32 or better from the softmax on.
+        """
+        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch)       # (B,T,D)
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None, None].expand_as(batch.mask)
+        hidden = hidden[rows[batch.mask], batch.predictor[batch.mask]]                # (n,D)
+        logits = self.trunk.logits(hidden)                                            # (n,V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        back = lambda x: torch.zeros(batch.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(batch.mask, x)
+        logprobs = back(-F.cross_entropy(logits, batch.responses[batch.mask], reduction="none"))
+        values = None
+        if self.value_head is not None:
+            values = self.value_head(hidden.detach() if self.detach_value else hidden).squeeze(-1)
+            values = back(values.to(logits.dtype))
+        return PolicyOutput(logprobs, None if entropy is None else back(entropy(logits)), values)
+
+
+class Scorer(nn.Module):
+    """A trunk with a linear layer of N outputs, read at each response's last token: 1 scalar, or N quantiles."""
+
+    def __init__(self, trunk, outputs=1):
+        super().__init__()
+        self.trunk = trunk
+        self.score = nn.Linear(trunk.width, outputs, bias=False)
+        nn.init.normal_(self.score.weight, std=1 / (trunk.width + 1) ** 0.5)          # outputs of order 1   [Stiennon et al. 2020]
+
+    def forward(self, batch):
+        """Raw outputs (B,K,N); what stands at a response that is not `valid` is meaningless."""
+        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch)       # (B,T,D)
+        outputs = self.score(columns(hidden, batch.last))                             # (B,K,N)
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

@@ -1,0 +1,74 @@
+"""metrics.jsonl (one object a line), samples.jsonl (texts to look at), and the progress line."""
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def replace(path, data):
+    """Writes beside, syncs, renames: a reader sees the old file or the new one, never half of one.  data: bytes"""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def clean(value):
+    """Floats as JSON allows them: NaN and infinity become null; seven digits are enough to plot and to compare."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
+
+
+def header(title, **lines):
+    """What will happen, before it does: a line a subject, names as given."""
+    print(f"{title}\n" + "".join(f"  {name:<10}{text}\n" for name, text in lines.items()), flush=True)
+
+
+class Log:
+    """Appends rows to OUT/metrics.jsonl and OUT/samples.jsonl. Rows at or after `start` belong to steps that are done again: they go."""
+
+    def __init__(self, out, start, steps):
+        self.start, self.steps, self.began, self.files = start, steps, time.time(), {}
+        for name in ("metrics", "samples"):
+            path = Path(out) / f"{name}.jsonl"
+            kept = [line for line in self._rows(path) if json.loads(line)["step"] < start]
+            replace(path, "".join(kept).encode())
+            self.files[name] = open(path, "a", encoding="utf-8")
+
+    @staticmethod
+    def _rows(path):
+        """Whole lines only: a killed process may have left half of one."""
+        if not path.exists():
+            return []
+        return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+    def _write(self, name, row):
+        self.files[name].write(json.dumps({key: clean(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+        self.files[name].flush()
+
+    def step(self, step, **numbers):
+        self._write("metrics", {"step": step, **numbers})
+        left = (time.time() - self.began) / (step + 1 - self.start) * (self.steps - step - 1)
+        shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items())
+        print(f"step {step + 1}/{self.steps}  {shown}  left {left / 60:.1f} min", flush=True)
+
+    def evaluation(self, step, **numbers):
+        """A line of its own with eval_ names; `step` counts finished steps minus one, as in `step`."""
+        self._write("metrics", {"step": step, **numbers})
+        print("  ".join(["  held out:"] + [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()]), flush=True)
+
+    def sample(self, step, prompt, response, **more):
+        """A text, in the file whole, on the terminal the prompt's end only."""
+        self._write("samples", {"step": step, "prompt": prompt, "response": response, **more})
+        numbers = "  ".join(f"{key} {value:.3g}" for key, value in more.items() if isinstance(value, float))
+        print(f"  ...{prompt[-60:]!r} -> {response!r}  {numbers}", flush=True)
+
+    @staticmethod
+    def warn(message):
+        print(f"  warning: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,31 @@
+"""AdamW, its learning rate, and one checked step."""
+import torch
+
+MAX_GRAD_NORM = 1.0
+
+
+def adamw(model, lr, eps=1e-8):
+    """AdamW without weight decay. PPO takes eps 1e-5, as its reference code: tiny second moments make wild steps."""
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=fused)
+
+
+def learning_rate(lr, step, steps, schedule, warmup=0):
+    """`constant`, or `linear` from lr down to lr / steps at the last step; the first `warmup` steps climb linearly to it."""
+    decay = 1.0 if schedule == "constant" else 1 - step / steps
+    return lr * decay * min(1.0, (step + 1) / (warmup + 1))
+
+
+def update(model, optimizer, lr):
+    """Clips the whole gradient's norm (all micro-batches are in it by now), checks it, steps.  -> norm before clipping
+
+    A gradient that is not finite stops the run (FloatingPointError): one such step would make every weight NaN.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item()
+    if not norm < float("inf"):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

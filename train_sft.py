@@ -1,0 +1,132 @@
+"""Stage 1: a supervised policy. All responses of a prompt are one row; the loss is on response tokens and EOS alone.
+
+    python train_sft.py --data FairytaleQAData --init SmolLM2-135M --out runs/sft --steps 200
+"""
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanorlhf import checkpoint, data, dist, generate, optim
+from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, take
+from nanorlhf.config import InputError, check, run
+from nanorlhf.heads import Policy
+from nanorlhf.log import Log, header
+from nanorlhf.losses import sft_loss
+
+EVAL_GROUPS = 100          # held-out groups that eval_loss is measured on
+SAMPLE_PROMPTS = 3         # held-out prompts whose continuations are shown
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str                                       # FairytaleQA or HH folder, groups JSONL, or a folder with train.jsonl and val.jsonl
+    init: str                                       # model folder, or a size for random weights: gpt2 ... llama-7b ... gpt2-nano, llama-nano
+    out: str                                        # run folder; the same command again resumes
+    tokenizer: str = ""                             # folder of a tokenizer, for random weights of a real size
+    steps: int = 200                                # optimizer steps
+    groups: int = 8                                 # groups (prompts with all their responses) per optimizer step
+    max_tokens: int = 4096                          # columns per micro-batch, padding included
+    max_length: int = 0                             # positions of prompt + longest response; 0: the model's context
+    lr: float = 5e-5                                # learning rate of AdamW
+    warmup: int = 10                                # steps until the learning rate is reached
+    schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
+    seed: int = 0                                   # of weights, order and samples
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32
+    device: str = "auto"                            # cpu, cuda, cuda:1; auto takes CUDA where there is one
+    eval_every: int = 50                            # steps between evaluations
+    save_every: int = 50                            # steps between saves
+
+
+@torch.no_grad()
+def evaluate(policy, rows, config, device):
+    """Mean loss per response token over held-out rows, EOS included."""
+    count = sum(len(response) for row in rows for response in row.responses)
+    total = 0.0
+    for batch in ahead(rows, micro_batches([row.columns for row in rows], config.max_tokens), device):
+        with dist.autocast(device, config.dtype):
+            total += sft_loss(policy(batch).logprobs, batch.mask, count).item()
+    return total
+
+
+def show(policy, tok, rows, prompts, step, config, device, log):
+    """Continuations of a few held-out prompts at temperature 1."""
+    with dist.autocast(device, config.dtype):
+        found = generate.sample(policy.trunk, [row.prompt for row in rows], [row.index for row in rows], 1, SAMPLE_TOKENS, tok.eos_id,
+                                config.seed, generate.EVALUATION, step)
+    for row, (ids,) in zip(rows, found):
+        log.sample(step, prompts[row.index], tok.decode(ids))
+
+
+def main(config):
+    check(config, steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None),
+          seed=(0, None), eval_every=(1, None), save_every=(1, None))
+    resuming = checkpoint.open_run(config, "train_sft")
+    device = dist.setup(config.device, config.seed)
+
+    # data, model, optimizer
+    found = data.load(config.data)
+    texts = lambda: [group.prompt + response.text for group in found.train for response in group.responses]
+    trunk, tok, source = checkpoint.start(config.init, config.tokenizer, texts)
+    limit = context_limit(config.max_length, trunk.config.context)
+    with_responses = lambda groups: [group for group in groups if group.responses]
+    rows, reasons = encode_all(with_responses(found.train), tok, limit)
+    held_out = with_responses(found.held_out)
+    held_rows = encode_all(held_out, tok, limit)[0][:EVAL_GROUPS]
+    if not rows:
+        raise InputError(f"--data {config.data}: no group left to train on ({dict(found.dropped + reasons)})")
+    policy = Policy(trunk).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
+    optimizer = optim.adamw(policy, config.lr)
+
+    header("train_sft: a supervised policy",
+           model=f"{trunk.family}, {sum(p.numel() for p in policy.parameters()):,} parameters, {source}, context {trunk.config.context}",
+           data=f"{found.source}: {len(rows)} groups, {sum(len(r.responses) for r in rows)} responses to train on, {len(held_rows)} groups held out",
+           dropped=f"{dict(found.dropped + reasons) or 'nothing'}",
+           step=f"{config.groups} groups, about {config.groups * sum(r.columns for r in rows) // len(rows)} columns; {config.steps} steps = "
+                f"{config.steps * config.groups / len(rows):.2f} epochs",
+           numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "
+                   f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
+           loss="mean over response tokens and EOS of the whole step")
+    if resuming:
+        first = checkpoint.load_state(config.out, policy, optimizer)["step"]
+        print(f"resuming at step {first}")
+    else:
+        first = 0
+        checkpoint.begin(config, "train_sft", config.init)
+    log = Log(config.out, first, config.steps)
+    if first == 0 and held_rows:
+        log.evaluation(-1, eval_loss=evaluate(policy, held_rows, config, device))
+
+    stop = dist.Stop()
+    for step in range(first, config.steps):
+        began = time.time()
+        chosen = [rows[i] for i in take(len(rows), config.groups, step, config.seed)]
+        plan = micro_batches([row.columns for row in chosen], config.max_tokens)
+        count = sum(len(response) for row in chosen for response in row.responses)     # of the whole step: no mean of means
+        loss = 0.0
+        for batch in ahead(chosen, plan, device):
+            with dist.autocast(device, config.dtype):
+                part = sft_loss(policy(batch).logprobs, batch.mask, count)
+            part.backward()
+            loss += part.item()
+        lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
+        norm = optim.update(policy, optimizer, lr)
+        log.step(step, loss=loss, tokens=sum(row.columns for row in chosen), seconds=time.time() - began, lr=lr, grad_norm=norm)
+
+        done = step + 1 == config.steps
+        if held_rows and (done or (step + 1) % config.eval_every == 0):
+            log.evaluation(step, eval_loss=evaluate(policy, held_rows, config, device))
+            show(policy, tok, held_rows[:SAMPLE_PROMPTS], [group.prompt for group in held_out], step, config, device, log)
+        if done or stop.asked or (step + 1) % config.save_every == 0:
+            checkpoint.save_policy(Path(config.out) / "model", policy, tok)
+            checkpoint.save_state(config.out, policy, optimizer, step + 1)
+        if stop.asked and not done:
+            raise KeyboardInterrupt
+    print(f"done: {Path(config.out) / 'model'}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
