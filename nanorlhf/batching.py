@@ -158,7 +158,7 @@ def pack_rows(rows):
             tokens[b, start:end], positions[b, start:end], branch[b, start:end] = response, np.arange(P, P + n), k + 1
             responses[b, k, :n], mask[b, k, :n] = response, True
             predictor[b, k, :n] = [P - 1, *range(start, end - 1)]      # the last prompt token predicts the first token of each
-            last[b, k], valid[b, k] = end - 1, True
+            last[b, k], valid[b, k] = end - 1 if n else P - 1, True        # an empty response ends where the prompt does, not in its neighbour
         for k, value in enumerate(row.place):
             place[b, k] = value if value is not None else 0
         for k, value in enumerate(row.label):

@@ -215,8 +215,8 @@ def load_reward_model(path):
     _check_fit(trunk, tok, folder)
     names = {name: f"trunk.{key}" for name, key in _names(trunk).items()}
     _fill(model, {**names, "score.weight": "score.weight"}, folder)
-    reward = {"map": "identity", "mean": 0.0, "std": 1.0, **(values.get("nanorlhf_reward") or {})}
-    return RewardModel(model, tok, reward["map"], reward["mean"], reward["std"])
+    reward = {"map": "identity", "moments": {}, **(values.get("nanorlhf_reward") or {})}
+    return RewardModel(model, tok, reward["map"], {name: tuple(pair) for name, pair in reward["moments"].items()})
 
 
 def start(init, tokenizer_folder, texts, head=True):
@@ -279,7 +279,7 @@ def save_reward_model(folder, reward_model):
     labels = [f"LABEL_{i}" for i in range(n)]
     _save_model(folder, model.trunk, reward_model.tokenizer, name, {"score.weight": model.score.weight}, {
         "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
-        "nanorlhf_reward": {"map": reward_model.map, "mean": reward_model.mean, "std": reward_model.std}})
+        "nanorlhf_reward": {"map": reward_model.map, "moments": reward_model.moments}})
 
 
 # ---------------------------------------------------------------------------------------------------------- a run's state

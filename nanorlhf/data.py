@@ -20,6 +20,7 @@ from pathlib import Path
 from .config import InputError
 
 TEMPLATE = "{passage}\nQuestion:"        # FairytaleQA's prompt
+LARGEST = 3.4e38                         # of float32, in which the losses are computed
 HELD_OUT = 10                            # a single file has no held-out part: every tenth distinct prompt becomes it
 
 
@@ -61,7 +62,8 @@ def _text(path):
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8") from None
 
 
 def _objects(path):
@@ -82,7 +84,8 @@ def _objects(path):
 
 
 def _number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that float32 holds: NaN, infinity and integers of 400 digits are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 # ------------------------------------------------------------------------------------------------------ groups JSONL
@@ -123,6 +126,8 @@ def read_groups(path):
             raise InputError(f"{where}: no \"prompt\" (a string) among {sorted(value)[:6]}")
         if not isinstance(value.get("responses", []), list):
             raise InputError(f"{where}: \"responses\" is not a list")
+        if not isinstance(value.get("cut", False), bool):
+            raise InputError(f"{where}: cut {str(value['cut'])[:40]!r} is neither true nor false")
         responses = [_parse_response(response, where) for response in value.get("responses", [])]
         kept = [response for response in responses if response.text.strip()]
         dropped["empty response"] += len(responses) - len(kept)
@@ -130,7 +135,7 @@ def read_groups(path):
             dropped["group without a response"] += 1
             continue
         extra = {key: item for key, item in value.items() if key not in ("prompt", "responses", "cut")}
-        groups.append(make_group(value["prompt"], kept, value.get("cut") is True, extra))
+        groups.append(make_group(value["prompt"], kept, value.get("cut", False), extra))
     return groups, dropped
 
 
@@ -143,18 +148,19 @@ def write_groups(groups):
             known = {"text": r.text, "place": r.place, "label": r.label, "scores": r.scores, "ended": None if r.ended else False}
             responses.append({**{key: item for key, item in known.items() if item is not None}, **r.extra})
         lines.append({"prompt": group.prompt, "responses": responses, **({"cut": True} if group.cut else {}), **group.extra})
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return text.encode("utf-8", "backslashreplace")              # half a surrogate pair, which UTF-8 lacks, becomes JSON's own \uXXXX
 
 
 # -------------------------------------------------------------------------------------------------------- FairytaleQA
 
 def _csv(path, *columns):
     """(line number, row) of a CSV file that must have these columns."""
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    missing = [column for column in columns if column not in (reader.fieldnames or [])]
-    if missing:
-        raise InputError(f"{path}:1: no column {missing[0]!r} (found {', '.join(reader.fieldnames or []) or 'nothing'})")
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)     # else an unclosed quote swallows the rows after it
     try:
+        missing = [column for column in columns if column not in (reader.fieldnames or [])]
+        if missing:
+            raise InputError(f"{path}:1: no column {missing[0]!r} (found {str(reader.fieldnames or 'nothing')[:80]})")
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
@@ -291,7 +297,9 @@ def judge(responses, labels="auto"):
         label = [r.label for r in responses]
         place = [1.0 - y for y in label]
         return Judgement(place, label, [[2.0 * y - 1.0] for y in label])
-    place = [float(r.place) if kind == "place" else -sum(r.scores) / len(r.scores) for r in responses]
+    value = [r.place if kind == "place" else -math.fsum(r.scores) / len(r.scores) for r in responses]     # fsum: any order, the same mean
+    ranks = {v: float(i) for i, v in enumerate(sorted(set(value)))}   # float32 would tie places that differ in the eighth digit
+    place = [ranks[v] for v in value]
     won = [sum(mine < other for other in place) for mine in place]
     lost = [sum(mine > other for other in place) for mine in place]
     half, label = len(place) / 2, []

@@ -25,6 +25,7 @@ def distribution(logits, temperature, top_p):
 
     top_p keeps the fewest most likely tokens that hold at least top_p of the mass. No sort unless it is asked for.
     """
+    assert temperature > 0 and top_p > 0, (temperature, top_p)         # top_p 0 would keep no token: 0 / 0
     probs = torch.softmax(logits.double() / temperature, -1)
     if top_p < 1:
         ordered, ids = probs.sort(dim=-1, descending=True, stable=True)

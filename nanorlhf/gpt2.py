@@ -54,14 +54,17 @@ def visible(branch_query, branch_key):
 class Cache:
     """Keys and values of the columns so far, with their branches: room for `columns` columns of B rows."""
 
-    def __init__(self, layers, rows, heads, columns, width, device, dtype):
-        self.keys = torch.zeros(layers, rows, heads, columns, width, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+    def __init__(self, layers, rows, columns, device):
         self.branch = torch.full((rows, columns), -1, device=device)
-        self.length = 0
+        self.keys = self.values = None           # (layers,B,H,columns,d), born with the first key, in its number format
+        self.layers, self.length = layers, 0
 
     def extend(self, layer, key, value):
         """Writes T new columns of one layer behind the others, gives back all of them.  (B,H,T,d) -> (B,H,S,d)"""
+        if self.keys is None:
+            B, heads, _, d = key.shape
+            self.keys = key.new_zeros(self.layers, B, heads, self.branch.shape[1], d)
+            self.values = torch.zeros_like(self.keys)
         end = self.length + key.shape[2]
         self.keys[layer][:, :, self.length : end] = key
         self.values[layer][:, :, self.length : end] = value
@@ -144,8 +147,7 @@ class GPT2(nn.Module):
                 nn.init.normal_(projection.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
     def new_cache(self, rows, columns):
-        c, like = self.config, self.wte.weight
-        return Cache(c.n_layer, rows, c.n_head, columns, c.n_embd // c.n_head, like.device, like.dtype)
+        return Cache(self.config.n_layer, rows, columns, self.wte.weight.device)
 
     def hidden(self, tokens, positions, branch, cache=None):
         """Final hidden states, after the last LayerNorm.  tokens, positions, branch (B,T) int64  ->  (B,T,D)

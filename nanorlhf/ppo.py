@@ -25,8 +25,9 @@ def kl_k1(logprobs, ref_logprobs):
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """k3 = exp(-k1) - 1 + k1 >= 0.  Same expectation under the policy, never negative, less variance.   [Schulman, Approximating KL]
+    """k3 = exp(-k1) - 1 + k1 >= 0.  Same expectation under the policy, never negative.                  [Schulman, Approximating KL]
 
+    Less variance than k1 where the two are near, more where the reference is much likelier than the policy somewhere.
     expm1, because exp(x) - 1 loses every digit where policy and reference nearly agree.
     """
     k1 = kl_k1(logprobs, ref_logprobs)
@@ -92,11 +93,13 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip, count=None):
 
     All (...,R).  ->  (loss, share of tokens where the clipped branch is the one taken)
 
-    The difference is masked *before* exp: exp(garbage) is inf, and inf * 0 in the backward is NaN.
+    The difference is masked *before* exp: exp(garbage) is inf, and inf * 0 in the backward is NaN. For the same reason
+    it ends at 80 where A >= 0: the clip takes such a ratio anyway. Where A < 0 it is a real loss, and may be infinite.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape, (logprobs.shape, mask.shape)
-    ratio = torch.exp(_inside(kl_k1(_inside(logprobs, mask), _inside(old_logprobs, mask)), mask))
     advantages = _inside(advantages, mask)
+    log_ratio = kl_k1(_inside(logprobs, mask), _inside(old_logprobs, mask))
+    ratio = torch.exp(torch.where(advantages < 0, log_ratio, log_ratio.clamp(max=80)))
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return -masked_mean(torch.minimum(free, clipped), mask, count), masked_mean((clipped < free).float(), mask, count)
 

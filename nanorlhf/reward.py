@@ -30,25 +30,45 @@ def statistic(outputs, name):
         return outputs.mean(-1)
     ordered = outputs.sort(-1).values
     if name.startswith("cvar:"):
-        return ordered[..., : max(1, math.ceil(float(name[5:]) * outputs.shape[-1] - 1e-9))].mean(-1)
+        return ordered[..., : lowest(name[5:], outputs.shape[-1])].mean(-1)
     return ordered[..., int(name[1:])]
 
 
-def check_statistic(name, outputs):
-    """Refuses a statistic that does not exist for this number of outputs."""
+def canonical(name, outputs):
+    """One spelling for each statistic of N outputs (cvar by how many are averaged); refuses what does not exist.  -> str"""
     quantile, cvar = re.fullmatch(r"q(\d+)", name), re.fullmatch(r"cvar:(\d*\.?\d+)", name)
     if not (name == "mean" or quantile and int(quantile[1]) < outputs or cvar and 0 < float(cvar[1]) <= 1):
         raise InputError(f"--statistic {name}: expected mean, q0 .. q{outputs - 1}, or cvar:A with 0 < A <= 1 (this model has {outputs} outputs)")
     if name != "mean" and outputs == 1:
         raise InputError(f"--statistic {name}: this reward model has one output; only a quantile model has more than its mean")
+    return f"cvar:{lowest(cvar[1], outputs) / outputs:.6g}" if cvar else name
+
+
+def lowest(share, outputs):
+    """ceil(share N), where .3 * 10 = 3.0000000000000004 counts as 3."""
+    return max(1, math.ceil(float(share) * outputs - 1e-9))
+
+
+def statistics(outputs):
+    """Every statistic of N outputs, by its canonical name."""
+    if outputs == 1:
+        return ["mean"]
+    return ["mean"] + [f"q{i}" for i in range(outputs)] + [f"cvar:{(i + 1) / outputs:.6g}" for i in range(outputs)]
 
 
 class RewardModel:
     """A `heads.Scorer` with its tokenizer: text in, normalised rewards out. Normalisation is applied here, once."""
 
-    def __init__(self, model, tokenizer, reward_map="identity", mean=0.0, std=1.0):
-        self.model, self.tokenizer = model, tokenizer
-        self.map, self.mean, self.std, self.statistic = reward_map, mean, std, "mean"
+    def __init__(self, model, tokenizer, reward_map="identity", moments=None):
+        self.model, self.tokenizer, self.map = model, tokenizer, reward_map
+        self.cut = 0                             # prompts that had to lose their beginning so far
+        self.moments = moments or {}             # statistic -> (mean, deviation) over the training mix
+        self.use("mean")
+
+    def use(self, name):
+        """Chooses the statistic that becomes the reward; each has a normalisation of its own."""
+        self.statistic = canonical(name, self.model.score.out_features)
+        self.mean, self.std = self.moments.get(self.statistic, (0.0, 1.0))
 
     @property
     def context(self):
@@ -68,22 +88,30 @@ class RewardModel:
         """The mapped statistic before normalisation.  (...,N) -> (...)"""
         return MAPS[self.map](statistic(outputs, self.statistic))
 
-    def fit(self, raw):
-        """Sets mean 0 and variance 1 over raw rewards (n,), with a floor under the deviation.  -> (mean, std before the floor)"""
-        self.mean, spread = raw.mean().item(), raw.std(unbiased=False).item()
-        self.std = max(spread, STD_FLOOR)
-        return self.mean, spread
+    def fit(self, outputs):
+        """Mean 0 and variance 1 over outputs (n,N) of the training mix, for every statistic, with a floor under the deviation.
+
+        -> the raw deviation of the mean: under the floor, the model tells nothing apart and is at chance
+        """
+        spread = {}
+        for name in statistics(outputs.shape[-1]):
+            raw = MAPS[self.map](statistic(outputs, name)).double()
+            spread[name] = raw.std(unbiased=False).item()
+            self.moments[name] = (raw.mean().item(), max(spread[name], STD_FLOOR))
+        self.use("mean")
+        return spread["mean"]
 
     def score_texts(self, prompts, responses, ended, normalised=True):
         """Rewards of B x K texts.  prompts: B str;  responses: B lists of K str;  ended: B lists of K bool (EOS appended)  ->  (B,K) float32
 
-        A passage that is too long for this model's context is refused; a response's end is never cut.
+        A prompt too long for this model's context loses its beginning (`self.cut` counts them), a response never its end.
         """
         groups = [Group(p, [Response(t, ended=e) for t, e in zip(texts, ends)], cut=True)
                   for p, texts, ends in zip(prompts, responses, ended)]
         rows, reasons = encode_all(groups, self.tokenizer, self.context)
         if len(rows) < len(groups):
             raise InputError(f"the reward model's context of {self.context} tokens is too short: {dict(reasons)}")
+        self.cut += sum(reasons.values())
         raw = self.raw(self.outputs(rows)).float().cpu()
         return (raw - self.mean) / self.std if normalised else raw
 

@@ -20,22 +20,32 @@ import tiktoken
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>")
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")   # copied by save()
+# Copied by save(). A tokenizer.json beside tokenizer.model is for transformers, whose own conversion of the model gets double spaces wrong.
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 # GPT-2 writes each byte as one printable character: itself, or, for space, control and a few more, one from 256 on ("Ġ" is a space).
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(b): b for b in _printable} | {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(_printable)))}
 CHAR_OF = {b: c for c, b in BYTE_OF.items()}
 
 
-class SentencePiece:
+class Saved:
+    def save(self, folder):
+        """Writes the files that load() reads back: the original bytes wherever there was an original."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, raw in self.files.items():
+            (Path(folder) / name).write_bytes(raw)
+
+
+class SentencePiece(Saved):
     def __init__(self, files, where):
         self.files, raw = files, files["tokenizer.model"]
         try:
-            # A protobuf followed by another merges with it. These four bytes say normalizer_spec { add_dummy_prefix: false }, so that
-            # encode() does not put a space before every text; encode_prompt() puts it there itself. save() writes the original.
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=raw + b"\x1a\x02\x18\x00")
+            # A protobuf followed by another merges with it. These bytes say normalizer_spec { add_dummy_prefix: false,
+            # remove_extra_whitespaces: false }, so that encode() neither puts a space before every text nor loses one;
+            # encode_prompt() puts it there itself. save() writes the original.
+            self._sp = sentencepiece.SentencePieceProcessor(model_proto=raw + b"\x1a\x04\x18\x00\x20\x00")
         except RuntimeError as error:
-            raise ValueError(f"{where}: not a sentencepiece model ({_one_line(error)}); download it again") from error
+            raise ValueError(f"{where}: not a sentencepiece model ({error}); download it again") from error
         sp = self._sp
         self.vocab_size, self.eos_id = sp.vocab_size(), sp.eos_id()
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
@@ -62,11 +72,8 @@ class SentencePiece:
         sp = self._sp
         return sp.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and not (sp.is_control(i) or sp.is_unknown(i))])
 
-    def save(self, folder):
-        _write(self.files, folder)
 
-
-class ByteLevelBPE:
+class ByteLevelBPE(Saved):
     """Byte-level BPE: `splits`, one after another, cut a text into pieces; each piece is merged by itself, lowest rank first.
 
     vocab {token: id} and merges [(left, right)] in GPT-2's alphabet;  special {token: id}, never made from text;  whole: a piece
@@ -79,8 +86,7 @@ class ByteLevelBPE:
 
     def __init__(self, vocab, merges, special, splits, whole, eos_id, bos_id, pad_id, files, where):
         self.eos_id, self.bos_id, self.pad_id, self.files = eos_id, bos_id, pad_id, files
-        ids = [*vocab.values(), *special.values()]
-        self.vocab_size = max(ids) + 1
+        self.vocab_size = max([*vocab.values(), *special.values()]) + 1
         self._vocab, self._splits, self._ranks = vocab, splits, {pair: rank for rank, pair in enumerate(merges)}
         text_tokens = vocab.keys() - special.keys()
         for pair in merges:
@@ -90,7 +96,8 @@ class ByteLevelBPE:
         self._bytes_of = {i: bytes(BYTE_OF[c] for c in token) for token, i in plain.items()}
         self._whole = plain if whole else {}
         self._holes = {b for c, b in BYTE_OF.items() if c not in vocab}        # SmolLM2's 21: no token, so they vanish from a text
-        made = sorted((rank, token) for token in plain for parts, rank in [bpe(token, self._ranks)] if len(parts) == 1)
+        ends = ((token, *bpe(token, self._ranks)) for token in plain)
+        made = sorted((rank, token) for token, parts, rank in ends if parts == [token])
         self._id_of_rank = [plain[token] for _, token in made]
         ranks = {self._bytes_of[i]: rank for rank, i in enumerate(self._id_of_rank)}
         self._tiktoken = tiktoken.Encoding("pieces", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={})
@@ -121,9 +128,6 @@ class ByteLevelBPE:
     def decode(self, ids):
         """Inverse of encode; special, unknown and padding ids are left out; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self._bytes_of.get(int(i), b"") for i in ids).decode("utf-8", "replace")
-
-    def save(self, folder):
-        _write(self.files, folder)
 
 
 def bpe(word, ranks):
@@ -156,7 +160,7 @@ def load(folder):
     build = {"tokenizer.model": _from_sentencepiece, "tokenizer.json": _from_tokenizer_json}.get(names[0], _from_gpt2)
     try:
         return build(files, config, folder)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:         # a value of the wrong type in one of the JSON files
+    except (KeyError, TypeError, AttributeError, IndexError, UnicodeDecodeError) as error:      # a JSON value of the wrong type, mostly
         raise ValueError(f"{folder}: a tokenizer file has not the expected layout ({error!r:.150}); download it again") from error
 
 
@@ -166,28 +170,25 @@ def _from_sentencepiece(files, config, folder):
 
 
 def _from_gpt2(files, config, folder):
-    vocab = _checked_vocab(_json(files["vocab.json"], folder / "vocab.json"), folder / "vocab.json")
-    try:
-        lines = files["merges.txt"].decode().replace("\r", "").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder}: the merges are not UTF-8 text ({error}); download the file again") from error
-    start = int(lines[0].startswith("#version"))                               # only there: "# #" is a merge of GPT-2's
-    merges = [tuple(line.split(" ")) for line in lines[start:] if line]
-    eos_id, name = _named_token("eos", vocab, config, folder, END_NAMES)
-    files = _with_eos(files, {"tokenizer_class": "GPT2Tokenizer", "bos_token": name, "unk_token": name}, name, folder)
-    splits = [regex.compile(GPT2_SPLIT)]
-    return ByteLevelBPE(vocab, merges, {name: eos_id}, splits, False, eos_id, None, max(vocab.values()) + 1, files, folder)
+    """GPT-2's two files: a tokenizer.json whose rules are left unsaid."""
+    lines = files["merges.txt"].decode().replace("\r", "").split("\n")
+    merges = [line for line in lines[lines[0].startswith("#version"):] if line]           # only there: "# #" is a merge of GPT-2's
+    model = {"vocab": _json(files["vocab.json"], folder / "vocab.json"), "merges": merges}
+    table = {"model": model, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+    return _byte_level(table, files, {"tokenizer_class": "GPT2Tokenizer"}, config, folder)
 
 
 def _from_tokenizer_json(files, config, folder):
-    """A byte-level-BPE tokenizer.json; whatever this file's reader would not follow to the letter is refused by name."""
     where = folder / "tokenizer.json"
+    return _byte_level(_json(files["tokenizer.json"], where), files, {"tokenizer_class": "PreTrainedTokenizerFast"}, config, where)
 
+
+def _byte_level(table, files, defaults, config, where):
+    """Byte-level BPE in tokenizer.json's layout; whatever would not be followed to the letter is refused by name."""
     def refuse(what):
         raise ValueError(f"{where}: {what} is not supported here, ids would differ; use a GPT-2, SmolLM2 or Llama 3 tokenizer")
 
-    table = _json(files["tokenizer.json"], where)
-    model, normalizer = table["model"], table.get("normalizer")
+    model, normalizer, added = table["model"], table.get("normalizer"), table.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE":
         refuse(f"model type {model['type']!r:.40}")
     if normalizer and normalizer.get("normalizers") != []:
@@ -198,21 +199,24 @@ def _from_tokenizer_json(files, config, folder):
     vocab = _checked_vocab(model["vocab"], where)
     if not vocab.keys() >= BYTE_OF.keys() and (model.get("unk_token") is not None or model.get("byte_fallback")):
         refuse(f"a vocabulary without all 256 bytes, with unk_token {model.get('unk_token')!r:.40} or byte_fallback")
-    added = table.get("added_tokens") or []
     if plain := next((token for token in added if not token.get("special")), None):
         refuse(f"the added token {plain['content']!r:.40}, found in plain text before anything is split,")
     special = _checked_vocab({token["content"]: token["id"] for token in added}, where) if added else {}
     ids = vocab | special
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     splits = _split_rules(table.get("pre_tokenizer") or {}, refuse)
-    eos_id, eos = _named_token("eos", ids, config, folder, END_NAMES)
-    bos_id = _first_of_template(table.get("post_processor"), refuse)
-    never = {eos_id, bos_id, _named_token("bos", ids, config, folder)[0]}
-    spare = sorted((("pad" not in name.lower(), "reserved" not in name, i) for name, i in special.items() if i not in never))
-    pad_id = spare[0][2] if spare else max(ids.values()) + 1
-    files = _with_eos(files, {"tokenizer_class": "PreTrainedTokenizerFast"}, eos, folder)
-    special[eos] = eos_id
-    return ByteLevelBPE(vocab, merges, special, splits, bool(model.get("ignore_merges")), eos_id, bos_id, pad_id, files, where)
+    bos_id = _first_of_template(table.get("post_processor") or {}, refuse)
+    if bos_id is not None and bos_id not in ids.values():
+        refuse(f"a post_processor that begins with an unknown id, {bos_id!r:.40},")
+    eos_id, eos = _named_token("eos", ids, config, where, END_NAMES)
+    never = {eos_id, bos_id, _named_token("bos", ids, config, where)[0]}
+    spare = sorted(("pad" not in name.lower(), "reserved" not in name, i) for name, i in special.items() if i not in never)
+    pad_id = spare[0][2] if spare else max(ids.values()) + 1                   # none to spare: one row more than the vocabulary
+    if not config.get("eos_token"):                                            # a saved folder must name its EOS without config.json
+        named = json.loads(files.get("tokenizer_config.json", b"{}"))
+        files = files | {"tokenizer_config.json": _dump(defaults | named | {"eos_token": eos})}
+    whole = bool(model.get("ignore_merges"))
+    return ByteLevelBPE(vocab, merges, special | {eos: eos_id}, splits, whole, eos_id, bos_id, pad_id, files, where)
 
 
 # What means the same to Oniguruma, which tokenizer.json is written for, and to `regex`: no nested sets, $, \h, possessive {n}+, (?i) ...
@@ -242,19 +246,19 @@ def _split_rules(rules, refuse):
     try:
         return [regex.compile(pattern) for pattern in patterns]
     except regex.error as error:
-        refuse(f"a split pattern ({_one_line(error)})")
+        refuse(f"a split pattern ({error})")
 
 
 def _first_of_template(processor, refuse):
     """Id of the special token that post-processing puts first, or None."""
-    for step in (processor or {}).get("processors") or [processor or {}]:
+    for step in processor.get("processors") or [processor]:
         if step.get("type") == "TemplateProcessing" and step["single"] and "SpecialToken" in step["single"][0]:
-            return int(step["special_tokens"][step["single"][0]["SpecialToken"]["id"]]["ids"][0])
+            return step["special_tokens"][step["single"][0]["SpecialToken"]["id"]]["ids"][0]
         if step.get("type") not in (None, "ByteLevel", "TemplateProcessing"):
             refuse(f"the post_processor {step.get('type')!r:.40}")
 
 
-def _named_token(kind, ids, config, folder, known=()):
+def _named_token(kind, ids, config, where, known=()):
     """(id, text) of the folder's "eos" or "bos" token: as tokenizer_config.json names it, else config.json's id, else a known name."""
     named, number = config.get(f"{kind}_token"), config.get(f"{kind}_token_id")
     name, number = named["content"] if isinstance(named, dict) else named, number[0] if isinstance(number, list) and number else number
@@ -263,27 +267,14 @@ def _named_token(kind, ids, config, folder, known=()):
     if name is None:
         name = next((token for token in known if token in ids), None)
     if name not in ids and (kind == "eos" or name is not None):
-        raise ValueError(f"{folder}: no {kind} token ({name!r:.60} is not in the vocabulary); name it as \"{kind}_token\" in tokenizer_config.json")
+        raise ValueError(f"{where}: no {kind} token ({name!r:.60} is not in the vocabulary); name it as \"{kind}_token\" in tokenizer_config.json")
     return ids.get(name), name
-
-
-def _with_eos(files, defaults, eos, folder):
-    """The files, with a tokenizer_config.json that names EOS (the original one if it does), so that a saved folder stands alone."""
-    config = _json(files.get("tokenizer_config.json", b"{}"), folder / "tokenizer_config.json")
-    return files if config.get("eos_token") else files | {"tokenizer_config.json": _dump(defaults | config | {"eos_token": eos})}
 
 
 def _isolate(pattern, text):
     """The matches of a pattern and what lies between them, in order."""
-    end = 0
-    for match in pattern.finditer(text):
-        if match.start() > end:
-            yield text[end:match.start()]
-        if match.end() > match.start():
-            yield match[0]
-        end = match.end()
-    if end < len(text):
-        yield text[end:]
+    cuts = sorted({0, len(text), *(at for match in pattern.finditer(text) for at in match.span())})
+    return [text[start:end] for start, end in zip(cuts, cuts[1:])]
 
 
 def train_bpe(texts, vocab_size):
@@ -336,7 +327,7 @@ def train_sentencepiece(texts, vocab_size):
             normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
             max_sentence_length=1 << 20, num_threads=1, minloglevel=2)         # one thread: the same model every time
     except RuntimeError as error:
-        raise ValueError(f"sentencepiece cannot make {vocab_size} pieces of these {len(lines)} lines ({_one_line(error)})") from error
+        raise ValueError(f"sentencepiece cannot make {vocab_size} pieces of these {len(lines)} lines ({error})") from error
     return _from_sentencepiece({"tokenizer.model": out.getvalue()}, {}, Path("trained sentencepiece"))
 
 
@@ -360,7 +351,7 @@ def _json(raw, where):
     try:
         table = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({_one_line(error)}); download it again") from error
+        raise ValueError(f"{where}: not JSON ({error}); download it again") from error
     if not isinstance(table, dict):
         raise ValueError(f"{where}: a JSON object is expected, found {type(table).__name__}; download it again")
     return table
@@ -368,14 +359,3 @@ def _json(raw, where):
 
 def _dump(table):
     return (json.dumps(table, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[-160:]
-
-
-def _write(files, folder):
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, raw in files.items():
-        (folder / name).write_bytes(raw)

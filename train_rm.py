@@ -1,0 +1,201 @@
+"""Stage 2: a reward model, by ranking, classification or quantile regression. Any loss trains on any labels.
+
+    python train_rm.py --data ranked.jsonl --init runs/sft --loss ranking --out runs/rm --steps 200
+"""
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanorlhf import checkpoint, data, dist, losses, optim
+from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, take
+from nanorlhf.config import InputError, check, run
+from nanorlhf.heads import Scorer
+from nanorlhf.log import Log, header
+from nanorlhf.reward import STD_FLOOR, RewardModel
+
+EVAL_GROUPS = 250          # held-out groups that accuracy is measured on
+FIT_GROUPS = 500           # training groups that the normalisation is fitted on
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str                                       # HH or FairytaleQA folder, groups JSONL, or a folder with train.jsonl and val.jsonl
+    init: str                                       # model folder or run, or a size for random weights: gpt2 ... llama-7b ... gpt2-nano, llama-nano
+    out: str                                        # run folder; the same command again resumes
+    loss: Literal["ranking", "classification", "quantile"] = "ranking"   # what is minimised
+    labels: Literal["auto", "place", "label", "scores"] = "auto"   # which judgement of a group to use; auto: place, else label, else scores
+    pairs: Literal["together", "apart"] = "together"   # apart: each pair of a group becomes a group of its own (overfits, says paper A)
+    quantiles: int = 10                             # outputs of a quantile model
+    quantile_target: Literal["label", "scores", "self_mean"] = "label"   # what is regressed: +1/-1 a comparison, the scores, or the chosen's own mean
+    kappa: float = 1.0                              # Huber threshold; 0 is the pinball loss, whose optimum is a quantile
+    rank_coef: float = 1.0                          # weight of the ranking loss of the means in the quantile model
+    quantile_coef: float = 1.0                      # weight of the quantile loss
+    tokenizer: str = ""                             # folder of a tokenizer, for random weights of a real size
+    steps: int = 200                                # optimizer steps
+    groups: int = 8                                 # groups per optimizer step
+    max_tokens: int = 4096                          # columns per micro-batch, padding included
+    max_length: int = 0                             # positions of prompt + longest response; 0: the model's context
+    lr: float = 2e-5                                # learning rate of AdamW
+    warmup: int = 10                                # steps until the learning rate is reached
+    schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
+    seed: int = 0                                   # of weights and order
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32
+    device: str = "auto"                            # cpu, cuda, cuda:1; auto takes CUDA where there is one
+    eval_every: int = 50                            # steps between evaluations
+    save_every: int = 50                            # steps between saves
+
+
+def usable(rows, config):
+    """Does this group say anything to this loss?"""
+    if config.loss == "classification":
+        return [row for row in rows if any(y is not None for y in row.label)]
+    if config.loss == "quantile" and config.quantile_target != "self_mean" and not config.rank_coef:
+        return [row for row in rows if any(row.targets)]
+    return [row for row in rows if len(set(row.place)) > 1]
+
+
+def counts(rows, config):
+    """What the losses average over, in the whole optimizer step: a mean of means would weigh small micro-batches more."""
+    return Counter(ranked=sum(len(set(row.place)) > 1 for row in rows),
+                   labelled=sum(y is not None for row in rows for y in row.label),
+                   targets=sum(place == min(row.place) for row in rows for place in row.place) if config.quantile_target == "self_mean"
+                   else sum(bool(targets) for row in rows for targets in row.targets))
+
+
+def reward_loss(outputs, batch, count, config):
+    """The loss that --loss names.  outputs (B,K,N) raw, batch, count of `counts`  ->  scalar"""
+    mean = outputs.mean(-1)                                                             # (B,K); N = 1: the scalar itself
+    if config.loss == "classification":
+        labelled = batch.valid & (batch.label >= 0)
+        return losses.classification_loss(mean, batch.label, labelled, losses.balanced_weights(batch.label, labelled), max(count["labelled"], 1))
+    ranking = losses.ranking_loss(mean, batch.place, batch.valid, max(count["ranked"], 1))
+    if config.loss == "ranking":
+        return ranking
+    targets, target_mask = batch.targets, batch.target_mask
+    if config.quantile_target == "self_mean":      # the chosen response's own mean: its only zero is N equal quantiles
+        best = torch.where(batch.valid, batch.place, torch.inf).amin(-1, keepdim=True)
+        targets, target_mask = mean.detach().unsqueeze(-1), (batch.valid & (batch.place == best)).unsqueeze(-1)
+    levels = losses.quantile_levels(outputs.shape[-1])
+    quantile = losses.quantile_huber_loss(outputs, targets, levels, config.kappa, target_mask, max(count["targets"], 1))
+    return config.rank_coef * ranking + config.quantile_coef * quantile
+
+
+@torch.no_grad()
+def outputs_of(model, rows, config, device):
+    """Raw outputs (K,N) of each row, and the loss over all of them."""
+    plan, count, found, total = micro_batches([row.columns for row in rows], config.max_tokens), counts(rows, config), {}, 0.0
+    for part, batch in zip(plan, ahead(rows, plan, device)):
+        with dist.autocast(device, config.dtype):
+            outputs = model(batch)
+        total += reward_loss(outputs, batch, count, config).item()
+        found.update((i, outputs[b, : len(rows[i].responses)].cpu()) for b, i in enumerate(part))
+    return [found[i] for i in range(len(rows))], total
+
+
+def auc(scores, labels):
+    """Chance that a good response of any prompt outscores a bad one of any prompt, ties half.  (n,), (n,) bool -> float"""
+    good, bad = scores[labels], scores[~labels]
+    margin = good[:, None] - bad[None, :]
+    return ((margin > 0).double().mean() + (margin == 0).double().mean() / 2).item() if margin.numel() else float("nan")
+
+
+def evaluate(model, rows, config, device):
+    """Loss; accuracy over all pairs of unequal place within a group; AUC over labels across groups; how often quantiles cross."""
+    outputs, loss = outputs_of(model, rows, config, device)
+    right = pairs = longer = 0.0
+    for row, output in zip(rows, outputs):
+        score = output.mean(-1).tolist()
+        for i, j in combinations(range(len(score)), 2):
+            if row.place[i] != row.place[j]:
+                best, worst = (i, j) if row.place[i] < row.place[j] else (j, i)
+                right += (score[best] > score[worst]) + 0.5 * (score[best] == score[worst])
+                longer += (len(row.responses[best]) > len(row.responses[worst])) + 0.5 * (len(row.responses[best]) == len(row.responses[worst]))
+                pairs += 1
+    labelled = [(score, y) for row, output in zip(rows, outputs) for score, y in zip(output.mean(-1).tolist(), row.label) if y is not None]
+    scores, labels = torch.tensor([s for s, _ in labelled]), torch.tensor([y == 1 for _, y in labelled])
+    crossing = torch.cat(outputs).diff(dim=-1).lt(0).float()
+    return {"eval_loss": loss, "eval_accuracy": right / max(pairs, 1), "eval_pairs": int(pairs), "eval_auc": auc(scores, labels),
+            "eval_accuracy_of_longer": longer / max(pairs, 1), **({"eval_crossing": crossing.mean().item()} if crossing.numel() else {})}
+
+
+def main(config):
+    check(config, steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None), seed=(0, None),
+          eval_every=(1, None), save_every=(1, None), quantiles=(2, 1000), kappa=(0, None), rank_coef=(0, None), quantile_coef=(0, None))
+    resuming = checkpoint.open_run(config, "train_rm")
+    device = dist.setup(config.device, config.seed)
+
+    # data, model, optimizer
+    found = data.load(config.data)
+    train = data.apart(found.train) if config.pairs == "apart" else found.train
+    texts = lambda: [group.prompt + response.text for group in found.train for response in group.responses]
+    trunk, tok, source = checkpoint.start(config.init, config.tokenizer, texts, head=False)
+    limit, how = context_limit(config.max_length, trunk.config.context), {"labels": config.labels, "target": config.quantile_target}
+    encoded, reasons = encode_all(train, tok, limit, **how)
+    rows = usable(encoded, config)
+    held_rows = usable(encode_all(found.held_out, tok, limit, **how)[0], config)[:EVAL_GROUPS]
+    reasons["nothing to learn from (no judgement of the wanted kind, or all equal)"] += len(encoded) - len(rows)
+    if not rows:
+        raise InputError(f"--data {config.data}: no group left to train on with --loss {config.loss} --labels {config.labels} ({dict(+(found.dropped + reasons))})")
+    scorer = Scorer(trunk, config.quantiles if config.loss == "quantile" else 1)
+    scorer = scorer.to(device, torch.float64 if config.dtype == "float64" else torch.float32)
+    optimizer = optim.adamw(scorer, config.lr)
+    reward_model = RewardModel(scorer, tok, "tanh_half" if config.loss == "classification" else "identity")
+
+    header(f"train_rm: a reward model by {config.loss}",
+           model=f"{trunk.family}, {sum(p.numel() for p in scorer.parameters()):,} parameters, {scorer.score.out_features} outputs, {source}",
+           data=f"{found.source}: {len(rows)} groups, {counts(rows, config)['ranked']} with a pair, {len(held_rows)} groups held out",
+           dropped=f"{dict(+(found.dropped + reasons)) or 'nothing'}",
+           step=f"{config.groups} groups, about {config.groups * sum(r.columns for r in rows) // len(rows)} columns; {config.steps} steps = "
+                f"{config.steps * config.groups / len(rows):.2f} epochs",
+           numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "
+                   f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
+           loss={"ranking": f"-log sigmoid of every pair's margin, pairs {config.pairs}", "classification": "BCE, good and bad equal within a group",
+                 "quantile": f"{config.rank_coef} ranking of means + {config.quantile_coef} quantile Huber, kappa {config.kappa}, target "
+                             f"{config.quantile_target}"}[config.loss] + f"; labels {config.labels}")
+    if resuming:
+        first = checkpoint.load_state(config.out, scorer, optimizer)["step"]
+        print(f"resuming at step {first}")
+    else:
+        first = 0
+        checkpoint.begin(config, "train_rm", config.init)
+    log = Log(config.out, first, config.steps)
+    if first == 0 and held_rows:
+        log.evaluation(-1, **evaluate(scorer, held_rows, config, device))
+
+    stop = dist.Stop()
+    for step in range(first, config.steps):
+        began = time.time()
+        chosen = [rows[i] for i in take(len(rows), config.groups, step, config.seed)]
+        plan, count, loss = micro_batches([row.columns for row in chosen], config.max_tokens), counts(chosen, config), 0.0
+        for batch in ahead(chosen, plan, device):
+            with dist.autocast(device, config.dtype):
+                outputs = scorer(batch)
+            part = reward_loss(outputs, batch, count, config)
+            part.backward()
+            loss += part.item()
+        lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
+        norm = optim.update(scorer, optimizer, lr)
+        log.step(step, loss=loss, tokens=sum(row.columns for row in chosen), seconds=time.time() - began, lr=lr, grad_norm=norm)
+
+        done = step + 1 == config.steps
+        if held_rows and (done or (step + 1) % config.eval_every == 0):
+            log.evaluation(step, **evaluate(scorer, held_rows, config, device))
+        if done:
+            spread = reward_model.fit(torch.cat(outputs_of(scorer, rows[:FIT_GROUPS], config, device)[0]))
+            print(f"normalised over the training mix: raw mean {reward_model.mean:.4f}, raw deviation {spread:.4f}"
+                  + (f" (under {STD_FLOOR}: at chance, this model tells nothing apart)" if spread < STD_FLOOR else ""))
+        if done or stop.asked or (step + 1) % config.save_every == 0:
+            checkpoint.save_reward_model(Path(config.out) / "model", reward_model)
+            checkpoint.save_state(config.out, scorer, optimizer, step + 1)
+        if stop.asked and not done:
+            raise KeyboardInterrupt
+    print(f"done: {Path(config.out) / 'model'}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
