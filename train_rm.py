@@ -163,7 +163,7 @@ def main(config):
     else:
         first = 0
         checkpoint.begin(config, "train_rm", config.init)
-    log = Log(config.out, first, config.steps)
+    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens", "seconds"))
     if first == 0 and held_rows:
         log.evaluation(-1, **evaluate(scorer, held_rows, config, device))
 

@@ -96,7 +96,7 @@ def main(config):
     else:
         first = 0
         checkpoint.begin(config, "train_sft", config.init)
-    log = Log(config.out, first, config.steps)
+    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens", "seconds"))
     if first == 0 and held_rows:
         log.evaluation(-1, eval_loss=evaluate(policy, held_rows, config, device))
 

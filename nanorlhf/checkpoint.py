@@ -6,6 +6,7 @@ RUN/config.json  every flag, the versions, the parent run
 """
 import dataclasses
 import json
+import math
 import re
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ from . import gpt2, llama, tokenizer
 from .config import InputError
 from .heads import Policy, Scorer
 from .log import replace
-from .reward import RewardModel
+from .reward import MAPS, RewardModel
 
 FAMILIES = {"gpt2": gpt2.GPT2, "llama": llama.Llama}
 SIZES = {**{name: (gpt2.GPT2, config) for name, config in gpt2.SIZES.items()},
@@ -27,6 +28,7 @@ OLD_BUFFERS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)
 GPT2_FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
               "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
 LLAMA_FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROPE = {"rope_factor": "factor", "rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor",
         "rope_original_context": "original_max_position_embeddings"}
 
@@ -47,33 +49,53 @@ def _json(path):
 
 def trunk_config(values, path):
     """Hugging Face's config.json (a dict) -> (model class, our config). What we do not implement is refused by name."""
-    family = FAMILIES.get(values.get("model_type"))
+    family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
         raise InputError(f"{path}: model_type {values.get('model_type')!r} is neither gpt2 nor llama")
     for key, allowed in (GPT2_FIXED if family is gpt2.GPT2 else LLAMA_FIXED).items():
         if values.get(key, allowed[0]) not in allowed:
             raise InputError(f"{path}: {key} {values[key]!r} is not implemented (only {allowed[0]!r})")
     values = dict(values)
-    # PretrainedConfig leaves out what equals its default; both families tie unless a file says otherwise, LLaMA does not
+    # what equals transformers' default may be left out: GPT-2 ties its head, LLaMA does not
     values.setdefault("tie_word_embeddings", family is gpt2.GPT2)
     if family is llama.Llama:
-        rope = {"rope_theta": values.get("rope_theta", 10000.0), **(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise InputError(f"{path}: rope type {kind!r} is not implemented (default, linear, llama3)")
-        values.update({ours: rope[theirs] for ours, theirs in ROPE.items() if theirs in rope}, rope_type=kind, rope_theta=rope["rope_theta"])
+        values.update(_rope(values, path))
     found = {}
     for field in dataclasses.fields(family.Config):
         value = values.get(field.name, field.default)
         kind = type(field.default) if field.default is not None else int
-        fits = isinstance(value, (int, float) if kind is float else kind) and not (kind is int and isinstance(value, bool))
+        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if not (value is None and field.default is None) and not (fits and (kind in (bool, str) or 0 < value < 1e9)):
             raise InputError(f"{path}: {field.name} {value!r} is not a valid {kind.__name__}")
         found[field.name] = value
     config = family.Config(**found)
-    if family is gpt2.GPT2 and config.n_embd % config.n_head or family is llama.Llama and config.num_attention_heads % config.key_value_heads:
-        raise InputError(f"{path}: the number of heads does not divide evenly")
+    if family is gpt2.GPT2 and config.n_embd % config.n_head:
+        raise InputError(f"{path}: n_head {config.n_head} does not divide n_embd {config.n_embd}")
+    if family is llama.Llama and config.num_attention_heads % config.key_value_heads:
+        raise InputError(f"{path}: num_key_value_heads {config.key_value_heads} does not divide num_attention_heads {config.num_attention_heads}")
+    if family is llama.Llama and (config.head_width % 2 or not config.head_width):
+        raise InputError(f"{path}: head_dim {config.head_width} is odd or 0; dimensions are rotated in pairs")
     return family, config
+
+
+def _rope(values, path):
+    """LLaMA's rotations as transformers 4 spells them (rope_theta, rope_scaling) or 5 (rope_parameters)  ->  our fields"""
+    rope = {"rope_theta": values.get("rope_theta", 10000.0)}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(values.get(key) or {}, dict):
+            raise InputError(f"{path}: {key} {values[key]!r} is not an object")
+        rope.update(values.get(key) or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise InputError(f"{path}: rope type {kind!r} is not implemented (default, linear, llama3)")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise InputError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not implemented (only 1)")
+    if kind == "llama3":                         # left out, it is the context, as in transformers
+        rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings", 2048))
+    absent = [key for key in ROPE.values() if key not in rope and (kind == "llama3" or kind == "linear" and key == "factor")]
+    if absent:
+        raise InputError(f"{path}: rope type {kind!r} needs {absent[0]}")
+    return {"rope_type": kind, "rope_theta": rope["rope_theta"], **{ours: rope[theirs] for ours, theirs in ROPE.items() if theirs in rope}}
 
 
 def _hub_config(trunk, tok, architecture, vocab_size):
@@ -97,36 +119,47 @@ def _hub_config(trunk, tok, architecture, vocab_size):
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 def _weight_files(folder):
-    """The safetensors files of a folder: one, or the shards that its index names."""
+    """The safetensors files of a folder: one, or, without it (as in transformers), the shards that its index names."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        if not (folder / "model.safetensors").exists():
-            other = next((p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))), None)
-            raise InputError(f"{folder}: no model.safetensors" + (f" ({other} is pickled and never loaded; convert it to safetensors)" if other else ""))
-        return [folder / "model.safetensors"]
+        other = next((p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))), None)
+        raise InputError(f"{folder}: no model.safetensors" + (f" ({other} is pickled and never loaded; convert it to safetensors)" if other else ""))
     names = _json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
-        raise InputError(f"{index}: weight_map does not map tensors to file names in this folder")
+    if not isinstance(names, dict):
+        raise InputError(f"{index}: weight_map {names!r:.40} is not an object")
+    for name in names.values():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise InputError(f"{index}: {name!r:.80} is not the name of a safetensors file in this folder")
     return [folder / name for name in sorted(set(names.values()))]
 
 
 @torch.no_grad()
-def _fill(module, names, folder, ignored=()):
-    """Fills the parameters of `module` from a folder. names: tensor name in the file -> parameter name. Every tensor is accounted for."""
-    parameters, missing = dict(module.named_parameters()), dict(names)
+def _fill(module, names, folder, spare=None):
+    """Fills the parameters of `module` from a folder. Every tensor is accounted for.
+
+    names: tensor name in the file -> parameter name;  spare: tensor that may be in the file but has no parameter of its
+    own -> the parameter that it must equal (a tied head), or None where it is not wanted
+    """
+    parameters, missing, spare, copies = dict(module.named_parameters()), dict(names), spare or {}, []
     prefix = next((name.split(".")[0] + "." for name in names if "." in name), "")
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():
                     name = key if key in names else prefix + key       # GPT-2 was published without `transformer.`
-                    if OLD_BUFFERS.search(key) or key in ignored:
+                    if spare.get(key):
+                        copies.append((path, key, file.get_tensor(key)))
+                    if OLD_BUFFERS.search(key) or key in spare:
                         continue
                     if name not in missing:
                         raise InputError(f"{path}: tensor {key!r} is not part of this model")
                     tensor, parameter = file.get_tensor(key), parameters[missing.pop(name)]
                     if tensor.shape != parameter.shape:
                         raise InputError(f"{path}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}")
+                    if tensor.dtype not in FLOATS:
+                        raise InputError(f"{path}: tensor {key!r} holds {tensor.dtype}; quantised weights are not implemented")
                     if not torch.isfinite(tensor).all():
                         raise InputError(f"{path}: tensor {key!r} holds NaN or infinity")
                     parameter.copy_(tensor)
@@ -134,11 +167,19 @@ def _fill(module, names, folder, ignored=()):
             raise InputError(f"{path}: not a readable safetensors file ({str(error)[:100]})") from None
     if missing:
         raise InputError(f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)")
+    for path, key, tensor in copies:
+        if not torch.equal(tensor.float(), parameters[spare[key]]):
+            raise InputError(f"{path}: tensor {key!r} is not the embedding, but config.json has tie_word_embeddings true; which is right?")
 
 
 def _names(trunk):
     """Tensor name in a hub file -> parameter name of the trunk."""
     return {key if key.startswith("lm_head") else trunk.prefix + key: key for key, _ in trunk.named_parameters()}
+
+
+def _table(trunk):
+    """Parameter name of the token embedding."""
+    return "wte.weight" if trunk.family == "gpt2" else "embed_tokens.weight"
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -159,7 +200,7 @@ def load_tokenizer(folder):
     try:
         return tokenizer.load(folder)
     except (OSError, ValueError) as error:
-        raise InputError(str(error)) from None
+        raise InputError(" ".join(str(error).splitlines())) from None
 
 
 def _check_fit(trunk, tok, folder):
@@ -167,11 +208,15 @@ def _check_fit(trunk, tok, folder):
         raise InputError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model {trunk.config.vocab_size}: they do not belong together")
 
 
-def _empty(family, config):
+def _empty(family, config, path):
     """A model whose weights nobody has drawn yet: they are about to be loaded."""
     with torch.device("meta"):
         trunk = family(config)
-    trunk = trunk.to_empty(device="cpu")
+    try:
+        trunk = trunk.to_empty(device="cpu")
+    except RuntimeError:
+        n = sum(p.numel() for p in trunk.parameters())
+        raise InputError(f"{path}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, do not fit into memory") from None
     if family is llama.Llama:
         trunk.frequencies = llama.rope_frequencies(config)
     return trunk
@@ -184,12 +229,11 @@ def load_trunk(path, head=True):
     family, config = trunk_config(values, folder / "config.json")
     if "ForSequenceClassification" in str(values.get("architectures")):
         raise InputError(f"{folder}: a reward model; a language model is wanted here")
-    trunk, ignored = _empty(family, config), ["lm_head.weight"] * config.tie_word_embeddings
+    trunk, tok = _empty(family, config, folder / "config.json"), load_tokenizer(folder)
     if not head:
-        trunk.lm_head, ignored = None, ["lm_head.weight"]
-    tok = load_tokenizer(folder)
+        trunk.lm_head = None
     _check_fit(trunk, tok, folder)
-    _fill(trunk, _names(trunk), folder, ignored)
+    _fill(trunk, _names(trunk), folder, {} if trunk.lm_head is not None else {"lm_head.weight": _table(trunk) if config.tie_word_embeddings else None})
     return trunk, tok
 
 
@@ -208,15 +252,31 @@ def load_reward_model(path):
     if "ForSequenceClassification" not in str(values.get("architectures")):
         raise InputError(f"{folder}: not a reward model (architectures {values.get('architectures')}); train one with train_rm.py")
     family, config = trunk_config(values, folder / "config.json")
-    outputs = len(values.get("id2label") or {0: 0, 1: 0})              # transformers' default is two labels
-    trunk = _empty(family, config)
+    labels = values.get("id2label") or {"0": "", "1": ""}              # transformers' default is two labels
+    if not isinstance(labels, dict):
+        raise InputError(f"{folder / 'config.json'}: id2label {labels!r:.40} is not an object")
+    reward_map, moments = _normalisation(values, folder / "config.json")
+    trunk = _empty(family, config, folder / "config.json")
     trunk.lm_head = None
-    model, tok = Scorer(trunk, outputs), load_tokenizer(folder)
+    model, tok = Scorer(trunk, len(labels)), load_tokenizer(folder)
     _check_fit(trunk, tok, folder)
     names = {name: f"trunk.{key}" for name, key in _names(trunk).items()}
     _fill(model, {**names, "score.weight": "score.weight"}, folder)
-    reward = {"map": "identity", "moments": {}, **(values.get("nanorlhf_reward") or {})}
-    return RewardModel(model, tok, reward["map"], {name: tuple(pair) for name, pair in reward["moments"].items()})
+    return RewardModel(model, tok, reward_map, moments)
+
+
+def _normalisation(values, path):
+    """What save_reward_model wrote beside Hugging Face's keys; somebody else's reward model has none.  -> (map, moments)"""
+    found = values.get("nanorlhf_reward") or {}
+    try:
+        reward_map = found.get("map", "identity")
+        moments = {name: (float(mean), float(std)) for name, (mean, std) in found.get("moments", {}).items()}
+        good = reward_map in MAPS and all(math.isfinite(mean) and 0 < std < math.inf for mean, std in moments.values())
+    except (AttributeError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise InputError(f"{path}: nanorlhf_reward {found!r:.80} is not a map ({', '.join(MAPS)}) with a mean and deviation for each statistic")
+    return reward_map, moments
 
 
 def start(init, tokenizer_folder, texts, head=True):
@@ -254,13 +314,18 @@ def _save_model(folder, trunk, tok, architecture, extra_tensors, extra_config):
     """Tokenizer and weights first, config.json last, each by a rename: the folder is a whole model at every instant."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: dict(trunk.named_parameters())[key].detach().float().cpu() for name, key in _names(trunk).items()}
-    vocab_size, table = trunk.config.vocab_size, trunk.prefix + ("wte" if trunk.family == "gpt2" else "embed_tokens") + ".weight"
+    parameters, names = dict(trunk.named_parameters()), _names(trunk)
+    if extra_tensors:                                                  # a reward model: no language-model head in its folder
+        names.pop("lm_head.weight", None)
+    tensors = {name: parameters[key].detach().float().cpu() for name, key in names.items()}
+    vocab_size, table = trunk.config.vocab_size, trunk.prefix + _table(trunk)
     if extra_tensors and tok.pad_id >= vocab_size:                     # a pad that is not EOS: one more row, unused here
         tensors[table] = torch.cat([tensors[table], torch.zeros(tok.pad_id + 1 - vocab_size, trunk.width)])
         vocab_size = tok.pad_id + 1
     if not (folder / "config.json").exists():
         tok.save(folder)
+    elif any(not (folder / name).is_file() or (folder / name).read_bytes() != raw for name, raw in tok.files.items()):
+        raise InputError(f"{folder}: holds a model with another tokenizer; name another folder")
     tensors.update({name: tensor.detach().float().cpu() for name, tensor in extra_tensors.items()})
     replace(folder / "model.safetensors", save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"}))
     config = {**_hub_config(trunk, tok, architecture, vocab_size), **extra_config}
@@ -338,13 +403,19 @@ def load_state(out, model, optimizer):
     path = Path(out) / "state.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            numbers, keys = json.loads(file.metadata()["run"]), set(file.keys())
-            for name, parameter in model.named_parameters():
-                parameter.copy_(file.get_tensor(f"model.{name}"))
-                state = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in keys}
+            numbers, keys, parameters = json.loads(file.metadata()["run"]), set(file.keys()), dict(model.named_parameters())
+            if {key for key in keys if key.startswith("model.")} != {f"model.{name}" for name in parameters}:
+                raise ValueError("its weights have other names")
+            if not isinstance(numbers["step"], int):
+                raise ValueError(f"step is {numbers['step']!r}")
+            for name, parameter in parameters.items():
+                state = {key: file.get_tensor(f"{key}.{name}") for key in ("model", "step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in keys}
+                if len(state) not in (1, 4) or any(value.shape != parameter.shape for key, value in state.items() if key != "step"):
+                    raise ValueError(f"{name} has another shape, or half of its moments")
+                parameter.copy_(state.pop("model"))
                 if state:
                     optimizer.state[parameter] = {k: v if k == "step" and not parameter.is_cuda else v.to(parameter.device) for k, v in state.items()}
+        torch.set_num_threads(numbers["threads"])                      # sums are split by threads: another number gives other last bits
     except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged or of another model ({str(error)[:100]}); remove it to start again") from None
-    torch.set_num_threads(numbers["threads"])    # sums are split by threads: another number gives other last bits
     return numbers

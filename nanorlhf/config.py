@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(f"{message} (--help lists the flags)")
+        raise InputError(" ".join(f"{message} (--help lists the flags)".splitlines()))     # a word with a line break in it
 
 
 def _comments(cls):

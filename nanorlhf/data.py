@@ -164,7 +164,7 @@ def _csv(path, *columns):
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+        raise InputError(f"{path}:{reader.line_num + 1}: not CSV ({error}) in the record that begins here") from None
 
 
 def read_fairytaleqa(folder, split):

@@ -31,10 +31,13 @@ def header(title, **lines):
 
 
 class Log:
-    """Appends rows to OUT/metrics.jsonl and OUT/samples.jsonl. Rows at or after `start` belong to steps that are done again: they go."""
+    """Appends rows to OUT/metrics.jsonl and OUT/samples.jsonl. Rows at or after `start` belong to steps that are done again: they go.
 
-    def __init__(self, out, start, steps):
-        self.start, self.steps, self.began, self.files = start, steps, time.time(), {}
+    show: the names that the progress line has room for; the file has them all.
+    """
+
+    def __init__(self, out, start, steps, show):
+        self.start, self.steps, self.show, self.began, self.files = start, steps, show, time.time(), {}
         for name in ("metrics", "samples"):
             path = Path(out) / f"{name}.jsonl"
             kept = [line for line in self._rows(path) if json.loads(line)["step"] < start]
@@ -55,7 +58,7 @@ class Log:
     def step(self, step, **numbers):
         self._write("metrics", {"step": step, **numbers})
         left = (time.time() - self.began) / (step + 1 - self.start) * (self.steps - step - 1)
-        shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items())
+        shown = "  ".join(f"{key} {numbers[key]:.4g}" for key in self.show)
         print(f"step {step + 1}/{self.steps}  {shown}  left {left / 60:.1f} min", flush=True)
 
     def evaluation(self, step, **numbers):

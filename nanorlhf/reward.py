@@ -113,7 +113,11 @@ class RewardModel:
             raise InputError(f"the reward model's context of {self.context} tokens is too short: {dict(reasons)}")
         self.cut += sum(reasons.values())
         raw = self.raw(self.outputs(rows)).float().cpu()
-        return (raw - self.mean) / self.std if normalised else raw
+        return self.normalise(raw) if normalised else raw
+
+    def normalise(self, raw):
+        """(raw - mean) / deviation of the training mix, by the statistic in use."""
+        return (raw - self.mean) / self.std
 
 
 class FunctionReward:
@@ -133,7 +137,7 @@ class FunctionReward:
             raise InputError(f"{spec}: {path} has no function {name!r}")
 
     def score_texts(self, prompts, responses, ended, normalised=True):
-        """As RewardModel.score_texts; a function's scores are taken as they are."""
+        """As RewardModel.score_texts; raw and normalised are the same."""
         k = len(responses[0])
         flat = [text for texts in responses for text in texts]
         try:
@@ -146,6 +150,10 @@ class FunctionReward:
         if bad is not None:
             raise InputError(f"{self.spec} returned {scores[bad]} for the response {flat[bad][:60]!r}")
         return torch.tensor(scores).view(len(prompts), k)
+
+    def normalise(self, raw):
+        """A function's scores are taken as they are."""
+        return raw
 
 
 def is_function(spec):

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from nanorlhf import checkpoint, generate, tokenizer
 from nanorlhf.batching import Row, pack_rows
 from nanorlhf.config import InputError
+from nanorlhf.heads import Policy
+from nanorlhf.llama import rope_frequencies
 
 DATA = Path(os.environ.get("NANORLHF_DATA", "/nonexistent"))
 TEXTS = ["the king said what is this", "the queen said that the king is in the woods", "who met the king in the woods?"] * 3
@@ -34,15 +36,6 @@ CASES = {
     "llama-llama3": ("llama", dict(num_key_value_heads=2, rope_parameters=LLAMA3_ROPE)),
 }
 PREFIX = {"gpt2": "transformer.", "llama": "model."}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ids(n, seed):
@@ -90,7 +83,7 @@ def their_load(folder):
 @torch.no_grad()
 def worst_difference(policy, theirs):
     """Our logits on packed rows against theirs on each prompt + response alone; our logprobs against theirs.  -> largest difference"""
-    batch, trunk, worst = pack_rows(ROWS), policy.trunk, 0.0
+    batch, trunk, found = pack_rows(ROWS), policy.trunk, []
     logits, logprobs = trunk.logits(trunk.hidden(batch.tokens, batch.positions, batch.branch)), policy(batch).logprobs
     for b, row in enumerate(ROWS):
         for k, response in enumerate(row.responses):
@@ -98,19 +91,18 @@ def worst_difference(policy, theirs):
             expected = theirs(input_ids=torch.tensor([row.prompt + response])).logits[0]
             assert expected.std() > 0.1 and mine.sum() == len(expected)
             predicted = expected.log_softmax(-1)[len(row.prompt) - 1 : -1].gather(-1, torch.tensor(response)[:, None])[:, 0]
-            worst = max(worst, (logits[b, mine] - expected).abs().max().item(),
-                        (logprobs[b, k, : len(response)] - predicted).abs().max().item())
-    return worst
+            found += [(logits[b, mine] - expected).abs().max(), (logprobs[b, k, : len(response)] - predicted).abs().max()]
+    return torch.stack(found).max().item()           # NaN if one is; Python's max would lose it
 
 
 def spell_as_transformers_4(folder):
-    """rope_theta and rope_scaling, `type` for its kind as the oldest files have it; no head_dim; nothing of transformers 5."""
+    """rope_theta and rope_scaling, whose kind was `type` before Llama 3 came; no head_dim; nothing of transformers 5."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
     config.update(rope_theta=rope.pop("rope_theta"), torch_dtype=config.pop("dtype"), transformers_version="4.31.0")
     kind = rope.pop("rope_type")
-    config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    config["rope_scaling"] = None if kind == "default" else {"rope_type" if kind == "llama3" else "type": kind, **rope}
     if config["head_dim"] == config["hidden_size"] // config["num_attention_heads"]:
         del config["head_dim"]
     path.write_text(json.dumps(config))
@@ -138,6 +130,20 @@ def test_logits_there_and_back(case, tmp_path):
         assert worst_difference(policy, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("llama")])
+def test_saved_config_spells_rope_for_both_releases(case, tmp_path):
+    # transformers 5 reads the one and 4 the other, so each must say it all without the other
+    family, options = CASES[case]
+    trunk = scramble(checkpoint.llama.Llama(checkpoint.trunk_config({"model_type": "llama", **LLAMA, **options}, "config.json")[1]))
+    checkpoint.save_policy(tmp_path, Policy(trunk), tiny_tokenizer("llama"))
+    values = json.loads((tmp_path / "config.json").read_text())
+    for others in (["rope_parameters"], ["rope_theta", "rope_scaling"]):
+        left = {key: value for key, value in values.items() if key not in others}
+        found = checkpoint.trunk_config(left, "config.json")[1]
+        assert torch.equal(rope_frequencies(found), rope_frequencies(trunk.config))
+        assert (found.rope_type, found.rope_theta, found.rope_factor) == (trunk.config.rope_type, trunk.config.rope_theta, trunk.config.rope_factor)
+
+
 @pytest.mark.parametrize("case", ["llama-linear", "llama-llama3"])
 def test_rope_scaling_matters_here(case, tmp_path):
     # or the two cases above would pass with the scaling left out
@@ -149,11 +155,10 @@ def test_rope_scaling_matters_here(case, tmp_path):
 
 def test_llama3_frequencies_by_hand():
     # LLAMA3_ROPE: frequencies 100^(-i/4) = 1, .316228, .1, .0316228.  i = 0 is kept, i = 2 and 3 divided by 4;
-    # i = 1: 40 / (2 pi / .316228) = 2.01317 waves, kept share (2.01317 - 1) / 3 = .337724,
-    # frequency .316228 (.662276 / 4 + .337724) = .159156
-    family, config = checkpoint.trunk_config({"model_type": "llama", **LLAMA, "rope_parameters": LLAMA3_ROPE}, "config.json")
-    from nanorlhf.llama import rope_frequencies
-    torch.testing.assert_close(rope_frequencies(config), torch.tensor([1.0, 0.159156, 0.025, 0.00790569]), atol=1e-6, rtol=0)
+    # i = 1: 40 / (2 pi / .316228) = 2.01317 waves, kept share (2.01317 - 1) / 3 = .337723,
+    # frequency .316228 (.662277 / 4 + .337723) = .159155
+    _, config = checkpoint.trunk_config({"model_type": "llama", **LLAMA, "rope_parameters": LLAMA3_ROPE}, "config.json")
+    torch.testing.assert_close(rope_frequencies(config), torch.tensor([1.0, 0.159155, 0.025, 0.00790569]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

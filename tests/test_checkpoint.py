@@ -1,0 +1,483 @@
+"""Reward models against transformers; what a folder must hold; a save that is whole; a state that resumes bit for bit."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nanorlhf import checkpoint, optim
+from nanorlhf.batching import Row, pack_rows
+from nanorlhf.config import InputError
+from nanorlhf.heads import Policy, Scorer
+from nanorlhf.reward import RewardModel
+from test_models import LLAMA, scramble, their_folder, their_model, tiny_tokenizer
+
+PROMPT = "the king said"
+RESPONSES = [" what is this", " who met the queen in the woods?", ""]
+ENDED = [True, False, True]              # the last one is EOS alone: were EOS padding, it would be read at the prompt
+FAMILIES = ["gpt2", "llama"]
+
+
+def our_trunk(family, tok, **options):
+    """As small as tests/test_models.py's; one row a token, so that GPT-2's padding id is one beyond the table."""
+    kind = checkpoint.FAMILIES[family]
+    sizes = dict(n_positions=64, n_embd=32, n_layer=2, n_head=4) if family == "gpt2" else {**LLAMA, "num_key_value_heads": 2}
+    return scramble(kind(kind.Config(**{**sizes, "vocab_size": tok.vocab_size, **options})))
+
+
+def our_reward_model(family, outputs, **options):
+    tok = tiny_tokenizer(family)
+    return RewardModel(scramble(Scorer(our_trunk(family, tok, **options), outputs)), tok)
+
+
+def our_policy(family, **options):
+    tok = tiny_tokenizer(family)
+    policy = Policy(our_trunk(family, tok, **options))
+    policy.tokenizer = tok
+    return policy
+
+
+def their_scorer(folder):
+    transformers = pytest.importorskip("transformers")
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info              # no tensor missing, left over or of another shape
+    return model.eval()
+
+
+def a_row(tok):
+    return Row(tok.encode_prompt(PROMPT), [tok.encode(text) + [tok.eos_id] * ended for text, ended in zip(RESPONSES, ENDED)])
+
+
+@torch.no_grad()
+def padded_scores(theirs, row, side):
+    """Their outputs for prompt + response, all in one batch padded with their pad id.  -> (K,N)"""
+    texts = [row.prompt + response for response in row.responses]
+    longest, pad = max(map(len, texts)), theirs.config.pad_token_id
+    ids, seen = torch.full((len(texts), longest), pad), torch.zeros(len(texts), longest, dtype=torch.long)
+    for b, text in enumerate(texts):
+        here = slice(0, len(text)) if side == "right" else slice(longest - len(text), longest)
+        ids[b, here], seen[b, here] = torch.tensor(text), 1
+    # GPT-2's positions are absolute, and its classifier does not count them from the mask
+    return theirs(input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0)).logits
+
+
+# ---------------------------------------------------------------------------------------------------------- reward models
+
+@pytest.mark.parametrize("outputs", [1, 10])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reward_model_is_read_by_transformers(family, outputs, tmp_path):
+    ours = our_reward_model(family, outputs)
+    checkpoint.save_reward_model(tmp_path, ours)
+    theirs, row, tok = their_scorer(tmp_path), a_row(ours.tokenizer), ours.tokenizer
+    assert theirs.config.num_labels == outputs and theirs.config.eos_token_id == tok.eos_id != theirs.config.pad_token_id
+    assert theirs.config.pad_token_id == (0 if family == "llama" else tok.vocab_size)         # <unk>, or the extra row
+    assert theirs.get_input_embeddings().num_embeddings == tok.vocab_size + (family == "gpt2")
+    raw = ours.outputs([row])[0]                     # (K,N), three texts in one row
+    assert raw.std(0).min() > 0.01
+    for side in ("left", "right"):
+        torch.testing.assert_close(padded_scores(theirs, row, side), raw, atol=1e-5, rtol=0)
+
+    again = checkpoint.load_reward_model(tmp_path)   # with the extra row: a row nobody looks at changes nothing
+    assert torch.equal(again.outputs([row])[0], raw)
+    checkpoint.save_reward_model(tmp_path / "again", again)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()     # the table grows once
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 10])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_their_reward_model_is_read_here(family, outputs, tmp_path):
+    theirs = their_model(family, dict(num_labels=outputs), "ForSequenceClassification")
+    theirs.save_pretrained(tmp_path)
+    tiny_tokenizer(family).save(tmp_path)
+    ours = checkpoint.load_reward_model(tmp_path)
+    row = a_row(ours.tokenizer)
+    with torch.no_grad():                            # one text a call needs no padding
+        expected = torch.cat([theirs(input_ids=torch.tensor([row.prompt + response])).logits for response in row.responses])
+    torch.testing.assert_close(ours.outputs([row])[0], expected, atol=1e-5, rtol=0)
+    assert (ours.map, ours.mean, ours.std) == ("identity", 0.0, 1.0)
+
+
+def test_untied_trunk_loses_its_head_as_a_reward_model(tmp_path):
+    # started from an untied folder, and made by hand with the head still on
+    checkpoint.save_policy(tmp_path / "policy", our_policy("llama"), tiny_tokenizer("llama"))
+    trunk, tok = checkpoint.load_trunk(tmp_path / "policy", head=False)
+    assert trunk.lm_head is None and not trunk.config.tie_word_embeddings
+    by_hand = our_reward_model("llama", 1)
+    assert by_hand.model.trunk.lm_head is not None
+    for name, model in {"started": RewardModel(Scorer(trunk, 1), tok), "by hand": by_hand}.items():
+        checkpoint.save_reward_model(tmp_path / name, model)
+        assert "lm_head.weight" not in load_file(tmp_path / name / "model.safetensors")
+        row, again = a_row(tok), checkpoint.load_reward_model(tmp_path / name)
+        assert torch.equal(again.outputs([row]), model.outputs([row]))
+        torch.testing.assert_close(padded_scores(their_scorer(tmp_path / name), row, "right"), model.outputs([row])[0], atol=1e-5, rtol=0)
+
+
+def score(model, normalised=True):
+    return model.score_texts([PROMPT], [RESPONSES], [ENDED], normalised)[0]
+
+
+@pytest.mark.parametrize("outputs,reward_map", [(1, "tanh_half"), (1, "identity"), (10, "identity")])
+def test_normalisation_is_saved_and_applied_once(outputs, reward_map, tmp_path):
+    ours = our_reward_model("gpt2", outputs)
+    raw = ours.outputs([a_row(ours.tokenizer)])[0]                     # (K,N)
+    ours.map = reward_map
+    ours.moments = {"mean": (0.3, 0.7)} | ({"q0": (-0.1, 0.4), "cvar:0.2": (0.25, 1.5)} if outputs == 10 else {})
+    ours.use("mean")
+    checkpoint.save_reward_model(tmp_path, ours)
+    again = checkpoint.load_reward_model(tmp_path)
+    assert (again.map, again.moments, again.mean, again.std) == (reward_map, ours.moments, 0.3, 0.7)
+    assert torch.equal(again.outputs([a_row(again.tokenizer)])[0], raw)         # raw outputs know nothing of it
+    torch.testing.assert_close(padded_scores(their_scorer(tmp_path), a_row(again.tokenizer), "right"), raw, atol=1e-5, rtol=0)
+
+    mapped = torch.tanh(raw.mean(-1) / 2) if reward_map == "tanh_half" else raw.mean(-1)
+    torch.testing.assert_close(score(again), (mapped - 0.3) / 0.7)
+    torch.testing.assert_close(score(again, normalised=False), mapped)
+    if outputs == 10:                                # each statistic is normalised by its own moments
+        again.use("q0")
+        torch.testing.assert_close(score(again), (raw.min(-1).values + 0.1) / 0.4)
+        again.use("cvar:0.2")                        # the mean of the lowest two of ten
+        torch.testing.assert_close(score(again), (raw.sort(-1).values[:, :2].mean(-1) - 0.25) / 1.5)
+
+
+# ------------------------------------------------------------------------------------------------- every tensor accounted for
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Folders to damage: a tied policy of each family, a reward model."""
+    root = tmp_path_factory.mktemp("sound")
+    for family in FAMILIES:
+        policy = our_policy(family, tie_word_embeddings=True)
+        checkpoint.save_policy(root / family, policy, policy.tokenizer)
+    checkpoint.save_reward_model(root / "reward", our_reward_model("llama", 10))
+    return root
+
+
+def tensors(change):
+    def damage(folder):
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file(found, folder / "model.safetensors")
+    return damage
+
+
+def config(**change):
+    def damage(folder):
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | change))
+    return damage
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def rename(old, new):
+    return lambda folder: (folder / old).rename(folder / new)
+
+
+def index(**weight_map):
+    def damage(folder):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return damage
+
+
+def nan(found):
+    found["transformer.h.1.mlp.c_fc.weight"][3, 5] = float("nan")
+
+
+def truncate(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def rope(**parameters):
+    return config(rope_parameters={"rope_theta": 10000.0, **parameters})
+
+
+WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
+DAMAGE = {                               # which folder, what is done to it, what the line must say
+    "missing tensor": ("gpt2", tensors(lambda f: f.pop("transformer.h.1.ln_2.bias")), ["transformer.h.1.ln_2.bias", "missing"]),
+    "left-over tensor": ("llama", tensors(lambda f: f.update({"model.layers.2.mlp.up_proj.weight": torch.ones(56, 32)})), [WEIGHTS, "model.layers.2.mlp.up_proj.weight"]),
+    "attention bias tensor": ("llama", tensors(lambda f: f.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})), [WEIGHTS, "q_proj.bias"]),
+    "same tensor twice": ("gpt2", tensors(lambda f: f.update({"wpe.weight": torch.ones(64, 32)})), [WEIGHTS, "wpe.weight"]),
+    "wrong shape": ("gpt2", tensors(lambda f: f.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(128, 32)})), [WEIGHTS, "transformer.h.0.mlp.c_fc.weight", "(128, 32)", "(32, 128)"]),
+    "shape that would broadcast": ("llama", tensors(lambda f: f.update({"model.norm.weight": torch.ones(1)})), [WEIGHTS, "model.norm.weight", "(1,)", "(32,)"]),
+    "NaN": ("gpt2", tensors(nan), [WEIGHTS, "transformer.h.1.mlp.c_fc.weight", "NaN"]),
+    "infinity": ("llama", tensors(lambda f: f["model.norm.weight"].fill_(float("inf"))), [WEIGHTS, "model.norm.weight", "infinity"]),
+    "integers": ("llama", tensors(lambda f: f.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})), [WEIGHTS, "model.norm.weight", "int8"]),
+    "eight-bit floats": ("llama", tensors(lambda f: f.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})), [WEIGHTS, "model.norm.weight", "float8"]),
+    "untied, no head": ("gpt2", config(tie_word_embeddings=False), ["lm_head.weight", "missing"]),
+    "model_type": ("gpt2", config(model_type="mistral"), [CONFIG, "mistral"]),
+    "no model_type": ("gpt2", config(model_type=None), [CONFIG, "model_type"]),
+    "model_type list": ("gpt2", config(model_type=["gpt2"]), [CONFIG, "model_type"]),
+    "hidden_act": ("llama", config(hidden_act="gelu"), [CONFIG, "hidden_act", "gelu"]),
+    "activation_function": ("gpt2", config(activation_function="gelu"), [CONFIG, "activation_function", "gelu"]),
+    "attention_bias": ("llama", config(attention_bias=True), [CONFIG, "attention_bias", "True"]),
+    "mlp_bias": ("llama", config(mlp_bias=True), [CONFIG, "mlp_bias", "True"]),
+    "scale_attn_weights": ("gpt2", config(scale_attn_weights=False), [CONFIG, "scale_attn_weights"]),
+    "rope type": ("llama", rope(rope_type="yarn", factor=4.0), [CONFIG, "yarn"]),
+    "rope type of transformers 4": ("llama", config(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), [CONFIG, "dynamic"]),
+    "rope not an object": ("llama", config(rope_parameters="llama3"), [CONFIG, "rope_parameters"]),
+    "rope without factor": ("llama", rope(rope_type="linear"), [CONFIG, "linear", "factor"]),
+    "rope of a part": ("llama", rope(rope_type="default", partial_rotary_factor=0.5), [CONFIG, "partial_rotary_factor", "0.5"]),
+    "rope factor": ("llama", rope(rope_type="linear", factor="2"), [CONFIG, "factor", "'2'"]),
+    "rope theta": ("llama", rope(rope_theta=None), [CONFIG, "rope_theta", "None"]),
+    "negative size": ("gpt2", config(n_embd=-32), [CONFIG, "n_embd", "-32"]),
+    "zero size": ("llama", config(num_attention_heads=0), [CONFIG, "num_attention_heads", "0"]),
+    "size in quotes": ("llama", config(hidden_size="32"), [CONFIG, "hidden_size", "'32'"]),
+    "fractional size": ("llama", config(hidden_size=32.0), [CONFIG, "hidden_size", "32.0"]),
+    "true for a size": ("gpt2", config(n_layer=True), [CONFIG, "n_layer", "True"]),
+    "true for a number": ("gpt2", config(layer_norm_epsilon=True), [CONFIG, "layer_norm_epsilon", "True"]),
+    "NaN for a number": ("llama", config(rms_norm_eps=float("nan")), [CONFIG, "rms_norm_eps", "nan"]),
+    "beyond memory": ("gpt2", config(vocab_size=900_000_000, n_embd=64_000), [CONFIG, "GiB"]),
+    "null size": ("gpt2", config(n_head=None), [CONFIG, "n_head", "None"]),
+    "tied in words": ("gpt2", config(tie_word_embeddings="no"), [CONFIG, "tie_word_embeddings", "'no'"]),
+    "uneven heads": ("gpt2", config(n_head=5), [CONFIG, "n_head", "5"]),
+    "uneven groups": ("llama", config(num_key_value_heads=3), [CONFIG, "num_key_value_heads", "3"]),
+    "odd head_dim": ("llama", config(head_dim=7), [CONFIG, "head_dim", "7"]),
+    "tokenizer too large": ("gpt2", config(vocab_size=200), ["tokenizer", "200"]),
+    "no config": ("gpt2", rename(CONFIG, "old.json"), [CONFIG, "no such file"]),
+    "broken config": ("gpt2", write(CONFIG, b'{"model_type":\n "gpt2",\n'), [CONFIG, "JSON"]),
+    "config not UTF-8": ("gpt2", write(CONFIG, b'{"model_type": "\xff"}'), [CONFIG, "JSON"]),
+    "config is a list": ("gpt2", write(CONFIG, b"[1]"), [CONFIG, "object"]),
+    "pickled only": ("llama", rename(WEIGHTS, "pytorch_model.bin"), ["pytorch_model.bin", "pickled"]),
+    "no weights": ("llama", rename(WEIGHTS, "weights"), ["model.safetensors"]),
+    "truncated": ("llama", truncate, [WEIGHTS, "safetensors"]),
+    "empty file": ("llama", write(WEIGHTS, b""), [WEIGHTS, "safetensors"]),
+    "index outside": ("gpt2", index(**{"transformer.wte.weight": "../x"}), [INDEX, "../x"]),
+    "index outside, safetensors": ("gpt2", index(**{"transformer.wte.weight": "../x.safetensors"}), [INDEX, "../x.safetensors"]),
+    "index of pickles": ("gpt2", index(**{"transformer.wte.weight": "pytorch_model-00001-of-00002.bin"}), [INDEX, "pytorch_model-00001-of-00002.bin"]),
+    "index of a missing shard": ("gpt2", index(**{"transformer.wte.weight": "model-00002-of-00002.safetensors"}), ["model-00002-of-00002.safetensors"]),
+    "index of an empty name": ("gpt2", index(**{"transformer.wte.weight": ""}), [INDEX, "''"]),
+    "index without a map": ("gpt2", index(), ["missing"]),
+    "index of a list": ("gpt2", lambda f: (index()(f), (f / INDEX).write_text('{"weight_map": [1]}')), [INDEX, "weight_map"]),
+    "no tokenizer": ("llama", rename("tokenizer.model", "x"), ["tokenizer"]),
+    "broken tokenizer": ("llama", write("tokenizer.model", b"not one\n" * 9), ["tokenizer.model"]),
+    "reward model instead": ("reward", lambda folder: None, ["reward model"]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_folder_ends_in_one_line(case, sound, tmp_path):
+    which, damage, words = DAMAGE[case]
+    folder = shutil.copytree(sound / which, tmp_path / "folder")
+    damage(folder)
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_policy(folder)
+    line = str(caught.value)
+    assert "\n" not in line and str(folder) in line and all(word in line for word in words), line
+
+
+REWARD_DAMAGE = {
+    "policy instead": (config(architectures=["LlamaForCausalLM"]), ["LlamaForCausalLM"]),
+    "no score": (tensors(lambda f: f.pop("score.weight")), ["score.weight", "missing"]),
+    "other width": (tensors(lambda f: f.update({"score.weight": torch.ones(3, 32)})), [WEIGHTS, "score.weight", "(3, 32)", "(10, 32)"]),
+    "left-over head": (tensors(lambda f: f.update({"lm_head.weight": torch.ones(300, 32)})), [WEIGHTS, "lm_head.weight"]),
+    "labels": (config(id2label=[1]), [CONFIG, "id2label"]),
+    "unknown map": (config(nanorlhf_reward={"map": "cube", "moments": {}}), [CONFIG, "nanorlhf_reward", "cube"]),
+    "map of a strange kind": (config(nanorlhf_reward={"map": [], "moments": {}}), [CONFIG, "nanorlhf_reward"]),
+    "normalisation in words": (config(nanorlhf_reward="identity"), [CONFIG, "nanorlhf_reward"]),
+    "no deviation": (config(nanorlhf_reward={"map": "identity", "moments": {"mean": [0.0]}}), [CONFIG, "nanorlhf_reward"]),
+    "zero deviation": (config(nanorlhf_reward={"map": "identity", "moments": {"mean": [0.0, 0.0]}}), [CONFIG, "nanorlhf_reward"]),
+    "null mean": (config(nanorlhf_reward={"map": "identity", "moments": {"mean": [None, 1.0]}}), [CONFIG, "nanorlhf_reward"]),
+}
+
+
+@pytest.mark.parametrize("case", REWARD_DAMAGE)
+def test_a_damaged_reward_model_ends_in_one_line(case, sound, tmp_path):
+    damage, words = REWARD_DAMAGE[case]
+    folder = shutil.copytree(sound / "reward", tmp_path / "folder")
+    damage(folder)
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_reward_model(folder)
+    line = str(caught.value)
+    assert "\n" not in line and str(folder) in line and all(word in line for word in words), line
+
+
+def test_a_pickle_is_never_opened(sound, tmp_path):
+    # the file would run code on loading, here in its place under the name of a safetensors file too
+    import pickle
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    folder = shutil.copytree(sound / "gpt2", tmp_path / "folder")
+    for name in ("pytorch_model.bin", WEIGHTS):
+        (folder / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(InputError):
+        checkpoint.load_policy(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------ saving
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_exact_and_saving_twice_gives_the_same_bytes(family, tmp_path):
+    their_folder(tmp_path / "theirs", family)
+    one = checkpoint.load_policy(tmp_path / "theirs")
+    for name in ("a", "b", "b"):                     # b a second time over itself
+        checkpoint.save_policy(tmp_path / name, one, one.tokenizer)
+    two = checkpoint.load_policy(tmp_path / "a")
+    assert one.trunk.config == two.trunk.config
+    weights, before = dict(two.trunk.named_parameters()), load_file(tmp_path / "theirs" / WEIGHTS)
+    after = load_file(tmp_path / "a" / WEIGHTS)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    for name, parameter in one.trunk.named_parameters():
+        assert torch.equal(parameter, weights[name])
+    checkpoint.save_policy(tmp_path / "c", two, two.tokenizer)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert not [name for name in files if name.endswith(".tmp")] and {CONFIG, WEIGHTS} <= set(files)
+    for other in ("b", "c"):
+        assert sorted(path.name for path in (tmp_path / other).iterdir()) == files
+        assert all((tmp_path / other / name).read_bytes() == (tmp_path / "a" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("failing", [WEIGHTS, CONFIG])
+def test_a_save_that_fails_leaves_the_folder_whole(failing, tmp_path, monkeypatch):
+    policy, replace = our_policy("gpt2"), checkpoint.replace
+    checkpoint.save_policy(tmp_path, policy, policy.tokenizer)
+
+    def full_disk(path, data):
+        if path.name == failing:
+            raise OSError(28, "No space left on device", str(path))
+        replace(path, data)
+
+    monkeypatch.setattr(checkpoint, "replace", full_disk)
+    with pytest.raises(OSError):
+        checkpoint.save_policy(tmp_path, policy, policy.tokenizer)
+    checkpoint.load_policy(tmp_path)
+
+
+def test_a_model_is_not_saved_over_one_with_another_tokenizer(tmp_path):
+    # its weights would stand beside the other's tokenizer, and load without a word
+    for family in FAMILIES:
+        checkpoint.save_policy(tmp_path / family, our_policy(family), tiny_tokenizer(family))
+        before = {path.name: path.read_bytes() for path in (tmp_path / family).iterdir()}
+        other = our_policy("llama" if family == "gpt2" else "gpt2")
+        with pytest.raises(InputError, match="another tokenizer"):
+            checkpoint.save_policy(tmp_path / family, other, other.tokenizer)
+        assert {path.name: path.read_bytes() for path in (tmp_path / family).iterdir()} == before
+
+
+def test_metadata_that_transformers_asks_for(sound):
+    with safe_open(sound / "gpt2" / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_run_folder_stands_for_its_model(sound, tmp_path):
+    shutil.copytree(sound / "gpt2", tmp_path / "run" / "model")
+    (tmp_path / "run" / CONFIG).write_text('{"flags": {}}')
+    assert checkpoint.load_policy(tmp_path / "run").trunk.family == "gpt2"
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(InputError, match="not saved a model yet"):
+        checkpoint.load_policy(tmp_path / "run")
+    with pytest.raises(InputError, match="no such folder"):
+        checkpoint.load_policy(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------------------- a run's state
+
+def step(model, optimizer, batch):
+    """One real update.  -> loss"""
+    loss = -model(batch).logprobs.sum() + model(batch).values.pow(2).sum()
+    loss.backward()
+    optim.update(model, optimizer, 1e-2)
+    return loss.item()
+
+
+def fresh(family, dtype=torch.float32):
+    tok = tiny_tokenizer(family)
+    model = Policy(our_trunk(family, tok), value_head=True).to(dtype)
+    return model, optim.adamw(model, 1e-2), pack_rows([a_row(tok)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_state_resumes_bit_for_bit(family, dtype, tmp_path):
+    model, optimizer, batch = fresh(family, dtype)
+    for _ in range(2):
+        step(model, optimizer, batch)
+    checkpoint.save_state(tmp_path, model, optimizer, 2, kl_coef=0.05)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+    other, other_optimizer, _ = fresh(family, dtype)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(3)
+    numbers = checkpoint.load_state(tmp_path, other, other_optimizer)
+    assert numbers["step"] == 2 and numbers["kl_coef"] == 0.05
+    for _ in range(2):                               # moments, bias correction and weights: all must be back for the steps to agree
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(optimizer.state[p][key], other_optimizer.state[q][key])
+        assert step(model, optimizer, batch) == step(other, other_optimizer, batch)
+
+
+def test_state_keeps_the_number_of_threads(tmp_path):
+    (model, optimizer, _), before = fresh("gpt2"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        checkpoint.save_state(tmp_path, model, optimizer, 0)
+        torch.set_num_threads(before)
+        checkpoint.load_state(tmp_path, model, optimizer)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def about(**numbers):
+    """Rewrites the state with other numbers; None takes one away."""
+    def damage(path, found, metadata):
+        run = json.loads(metadata["run"]) | numbers
+        save_file(found, path, {"run": json.dumps({key: value for key, value in run.items() if value is not None})})
+    return damage
+
+
+def without(key):
+    return lambda path, found, metadata: (found.pop(key), save_file(found, path, metadata))
+
+
+def shaped(key, shape):
+    return lambda path, found, metadata: save_file(found | {key: torch.ones(shape)}, path, metadata)
+
+
+STATE_DAMAGE = {
+    "truncated": lambda path, *_: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path, *_: path.write_bytes(b""),
+    "text": lambda path, *_: path.write_text("not a state\nat all\n"),
+    "no numbers": lambda path, found, metadata: save_file(found, path),
+    "broken numbers": lambda path, found, metadata: save_file(found, path, {"run": '{"step":\n 3'}),
+    "a list of numbers": lambda path, found, metadata: save_file(found, path, {"run": "[3]"}),
+    "no threads": about(threads=None),
+    "threads in words": about(threads="two"),
+    "no threads at all": about(threads=0),
+    "no step": about(step=None),
+    "step in words": about(step="two"),
+    "a weight is gone": without("model.trunk.h.1.ln_1.bias"),
+    "a moment is gone": without("exp_avg_sq.trunk.h.1.ln_1.bias"),
+    "a deeper model's": lambda path, found, metadata: save_file(found | {"model.trunk.h.2.ln_1.bias": torch.ones(32)}, path, metadata),
+    "a weight that would broadcast": shaped("model.trunk.ln_f.bias", (1,)),
+    "a moment that would broadcast": shaped("exp_avg.trunk.ln_f.bias", (1,)),
+    "a wider model's": shaped("model.trunk.ln_f.bias", (64,)),
+    "gone": lambda path, *_: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("case", STATE_DAMAGE)
+def test_a_damaged_state_ends_in_one_line(case, tmp_path):
+    model, optimizer, batch = fresh("gpt2")
+    step(model, optimizer, batch)
+    checkpoint.save_state(tmp_path, model, optimizer, 1)
+    path = tmp_path / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    STATE_DAMAGE[case](path, load_file(path), metadata)
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_state(tmp_path, model, optimizer)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)

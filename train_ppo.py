@@ -1,0 +1,288 @@
+"""Stage 3: PPO on a reward model or on a Python function. Rollout, advantages, clipped epochs: each a function below.
+
+    python train_ppo.py --data FairytaleQAData --policy runs/sft --reward runs/rm --out runs/ppo --steps 100
+"""
+import copy
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanorlhf import checkpoint, data, dist, generate, optim, ppo
+from nanorlhf.batching import Row, ahead, context_limit, encode_all, micro_batches, order, take
+from nanorlhf.config import InputError, check, run
+from nanorlhf.heads import Policy
+from nanorlhf.log import Log, header
+from nanorlhf.reward import FunctionReward, is_function
+
+SCORE_CLIP = 10.0          # a normalised score beyond this is an outlier of the reward model
+ADAM_EPS = 1e-5
+EVAL_PROMPTS = 64          # held-out prompts, one response each, the same draws at every evaluation
+SAMPLE_PROMPTS = 3         # of them, how many are shown
+
+SHOWN = ("score", "kl", "entropy", "response_length", "eos_rate", "distinct",
+         "ratio_first", "clip_fraction", "value_explained", "seconds")   # on the progress line
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str                                       # prompts: FairytaleQA or HH folder, groups JSONL, or a folder with train.jsonl and val.jsonl
+    policy: str                                     # supervised model: a run or a model folder; also the frozen reference
+    reward: str                                     # reward model: a run or a folder; or path.py:function with (prompts, responses) -> scores
+    out: str                                        # run folder; the same command again resumes
+    statistic: str = "mean"                         # of a quantile model's outputs: mean, q0 .. q9, cvar:A (mean of the lowest A)
+    steps: int = 100                                # rollouts
+    groups: int = 16                                # prompts per rollout
+    k: int = 4                                      # responses per prompt
+    max_new: int = 48                               # response tokens at most, EOS included
+    temperature: float = 1.0                        # of sampling, and of every log-probability
+    kl_coef: float = 0.05                           # beta in r_t = -beta (logprob - ref_logprob)
+    kl_target: float = 0.0                          # nats per response that beta is adapted to; 0: beta is fixed
+    kl_horizon: int = 10000                         # responses over which beta adapts
+    gamma: float = 1.0                              # discount a token
+    lam: float = 0.95                               # lambda of GAE
+    clip: float = 0.2                               # of the policy's ratio
+    value_clip: float = 0.2                         # of the value's change
+    vf_coef: float = 0.1                            # weight of the value loss
+    detach_value: bool = False                      # true: no value gradient into the trunk
+    epochs: int = 4                                 # passes over a rollout
+    minibatches: int = 4                            # optimizer steps per pass; divides --groups
+    target_kl: float = 0.0                          # KL per response to the rollout policy that ends the passes early; 0: never
+    eos_penalty: float = 1.0                        # taken from the score of a response that did not end
+    max_tokens: int = 8192                          # columns per micro-batch, padding included
+    max_length: int = 0                             # positions of prompt + response; 0: the model's context
+    lr: float = 1e-5                                # learning rate of AdamW
+    warmup: int = 0                                 # rollouts until the learning rate is reached
+    schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
+    seed: int = 0                                   # of prompts, draws and minibatches
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32
+    device: str = "auto"                            # cpu, cuda, cuda:1; auto takes CUDA where there is one
+    eval_every: int = 20                            # rollouts between evaluations
+    save_every: int = 20                            # rollouts between saves
+
+
+@dataclass
+class Rollout:
+    """G prompts, K responses each, R tokens at most; all tensors (G,K,R) or (G,K), on the CPU."""
+    rows: list[Row]
+    texts: list[list[str]]
+    ended: torch.Tensor             # (G,K) bool: with EOS
+    mask: torch.Tensor              # (G,K,R) bool
+    raw: torch.Tensor               # (G,K) score before normalisation
+    scores: torch.Tensor            # (G,K) normalised, clipped, less the penalty for not ending
+    old_logprobs: torch.Tensor = None
+    ref_logprobs: torch.Tensor = None
+    values: torch.Tensor = None
+    entropy: torch.Tensor = None
+    advantages: torch.Tensor = None
+    returns: torch.Tensor = None
+
+
+@torch.no_grad()
+def sample(policy, tok, reward, prompts, texts, config, device, purpose, step, k):
+    """K responses a prompt, as text to the reward, its scores back.  prompts: rows;  texts: all prompts' texts by index  ->  Rollout"""
+    with dist.autocast(device, config.dtype):
+        found = generate.sample(policy.trunk, [row.prompt for row in prompts], [row.index for row in prompts], k, config.max_new, tok.eos_id,
+                                config.seed, purpose, step, config.temperature, max_tokens=config.max_tokens)
+    rows = [Row(row.prompt, responses, row.index) for row, responses in zip(prompts, found)]
+    ended = torch.tensor([[ids[-1] == tok.eos_id for ids in responses] for responses in found])
+    answers = [[tok.decode(ids[:-1] if ids[-1] == tok.eos_id else ids) for ids in responses] for responses in found]
+    with dist.autocast(device, config.dtype):
+        raw = reward.score_texts([texts[row.index] for row in rows], answers, ended.tolist(), normalised=False)
+    if not torch.isfinite(raw).all():
+        raise InputError(f"the reward model gave NaN or infinity at step {step}; look at its weights")
+    scores = reward.normalise(raw).clamp(-SCORE_CLIP, SCORE_CLIP) - config.eos_penalty * ~ended
+    lengths = torch.tensor([[len(ids) for ids in responses] for responses in found])
+    mask = torch.arange(lengths.max().item()) < lengths.unsqueeze(-1)
+    return Rollout(rows, answers, ended, mask, raw, scores)
+
+
+@torch.no_grad()
+def look(policy, reference, rollout, config, device):
+    """Log-probabilities, values and entropy of a rollout, by the forward that trains: with the same packing the first ratio is exactly 1."""
+    shape = rollout.mask.shape
+    rollout.old_logprobs, rollout.ref_logprobs, rollout.values, rollout.entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
+    plan = micro_batches([row.columns for row in rollout.rows], config.max_tokens)
+    for part, batch in zip(plan, ahead(rollout.rows, plan, device)):
+        with dist.autocast(device, config.dtype):
+            mine = policy(batch, config.temperature, ppo.entropy)
+            theirs = reference(batch, config.temperature)
+        for name, found in (("old_logprobs", mine.logprobs), ("ref_logprobs", theirs.logprobs), ("values", mine.values), ("entropy", mine.entropy)):
+            getattr(rollout, name)[part, :, : found.shape[-1]] = found.double().cpu()
+
+
+def add_advantages(rollout, kl_coef, config):
+    """Rewards a token, advantages by GAE, whitened over all response tokens of the rollout; returns stay as they are."""
+    rewards = ppo.shape_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
+    advantages, rollout.returns = ppo.gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
+    rollout.advantages = ppo.whiten(advantages, rollout.mask)
+    return rewards
+
+
+def update(policy, optimizer, rollout, config, device, step, lr):
+    """Clipped PPO: epochs of fresh permutations, each cut into minibatches of whole groups.  -> mean numbers over the minibatches"""
+    groups, size, seen, first_ratio = len(rollout.rows), len(rollout.rows) // config.minibatches, [], None
+    for epoch in range(config.epochs):
+        shuffled, kls = order(groups, config.seed, step * config.epochs + epoch), []
+        for start in range(0, groups, size):
+            part = shuffled[start : start + size].tolist()
+            numbers = Counter()
+            rows, count = [rollout.rows[i] for i in part], int(rollout.mask[part].sum())       # tokens of the whole minibatch
+            plan = micro_batches([row.columns for row in rows], config.max_tokens)
+            for chosen, batch in zip(plan, ahead(rows, plan, device)):
+                at, width = [part[i] for i in chosen], batch.mask.shape[-1]
+                known = lambda x: x[at, :, :width].to(device, torch.float64 if config.dtype == "float64" else torch.float32)
+                with dist.autocast(device, config.dtype):
+                    now = policy(batch, config.temperature)
+                old_logprobs = known(rollout.old_logprobs)
+                policy_loss, clipped = ppo.policy_loss(now.logprobs, old_logprobs, known(rollout.advantages), batch.mask, config.clip, count)
+                value_loss, value_clipped = ppo.value_loss(now.values, known(rollout.values), known(rollout.returns), batch.mask, config.value_clip, count)
+                (policy_loss + config.vf_coef * value_loss).backward()
+                kl = ppo.masked_mean(ppo.kl_k3(old_logprobs, now.logprobs.detach()), batch.mask, len(part) * config.k)    # per response
+                numbers.update(policy_loss=policy_loss.item(), value_loss=value_loss.item(), clip_fraction=clipped.item(),
+                               value_clip_fraction=value_clipped.item(), kl_rollout=kl.item())
+                if not seen:           # before the first optimizer step the policy is the one that sampled: every ratio is 1
+                    ratio = torch.exp(now.logprobs.detach() - old_logprobs)[batch.mask]
+                    far = ratio[(ratio - 1).abs().argmax()].item()
+                    first_ratio = far if first_ratio is None or abs(far - 1) > abs(first_ratio - 1) else first_ratio
+            numbers["grad_norm"] = optim.update(policy, optimizer, lr)
+            seen.append(numbers)
+            kls.append(numbers["kl_rollout"])
+        if config.target_kl and sum(kls) / len(kls) > config.target_kl:
+            break
+    return {"ratio_first": first_ratio, **{name: sum(numbers[name] for numbers in seen) / len(seen) for name in seen[0]}, "updates": len(seen)}
+
+
+def describe(rollout, rewards, kl_coef):
+    """What a rollout looks like, before it is learnt from. Per response: score, reward, kl, length; per token: entropy."""
+    mask, responses = rollout.mask, rollout.scores.numel()
+    k1 = ppo.kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
+    distinct = sum(len(set(texts)) for texts in rollout.texts)
+    return {"score": rollout.raw.mean().item(), "score_normalised": rollout.scores.mean().item(),
+            "reward": ppo.masked_mean(rewards, mask, responses).item(), "kl": ppo.masked_mean(k1, mask, responses).item(),
+            "kl_k3": ppo.masked_mean(ppo.kl_k3(rollout.old_logprobs, rollout.ref_logprobs), mask, responses).item(), "kl_coef": kl_coef,
+            "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
+            "value_explained": ppo.explained_variance(rollout.values, rollout.returns, mask),
+            "score_clipped": (rollout.scores.abs() >= SCORE_CLIP).double().mean().item(), "response_length": mask.sum().item() / responses,
+            "eos_rate": rollout.ended.double().mean().item(), "distinct": distinct / responses}
+
+
+def complain(numbers, config, log):
+    """Says in words what is wrong when a number shows it."""
+    far = abs(numbers["ratio_first"] - 1)
+    if config.dtype != "bfloat16" and far > 1e-3:
+        log.warn(f"a ratio of {numbers['ratio_first']:.5f} before the first update: sampling and training disagree about the policy")
+    if numbers["kl"] < -1:
+        log.warn(f"KL {numbers['kl']:.2f} below 0: log-probabilities do not belong to the sampled tokens, or too few samples")
+    if numbers["eos_rate"] == 0:
+        log.warn(f"no response ended within --max_new {config.max_new}: train the supervised policy longer, or allow more tokens")
+    if numbers["value_explained"] < -0.5:
+        log.warn(f"value explained variance {numbers['value_explained']:.2f}: the critic is worse than a constant (normal in the first steps)")
+
+
+def evaluate(policy, reference, tok, reward, prompts, texts, config, device, step, log):
+    """One response to each held-out prompt, with the same draws every time, and a few of them as text."""
+    rollout = sample(policy, tok, reward, prompts, texts, config, device, generate.EVALUATION, 0, 1)
+    look(policy, reference, rollout, config, device)
+    numbers = describe(rollout, add_advantages(rollout, config.kl_coef, config), config.kl_coef)
+    names = ("score", "score_normalised", "kl", "entropy", "response_length", "eos_rate")
+    distinct = len({texts[0] for texts in rollout.texts}) / len(rollout.texts)
+    log.evaluation(step, **{f"eval_{name}": numbers[name] for name in names}, eval_distinct=distinct)
+    for row, (answer,), (score,) in list(zip(rollout.rows, rollout.texts, rollout.raw.tolist()))[:SAMPLE_PROMPTS]:
+        log.sample(step, texts[row.index], answer, score=score)
+
+
+def prompts_of(groups, tok, config, limit):
+    """Distinct prompts that leave room for the response.  -> (rows without responses, all texts by index, what was dropped)"""
+    distinct = {group.prompt: data.Group(group.prompt, [], group.cut) for group in groups}
+    rows, reasons = encode_all(list(distinct.values()), tok, limit - config.max_new)
+    return rows, list(distinct), reasons
+
+
+def main(config):
+    check(config, steps=(1, None), groups=(1, None), k=(1, None), max_new=(1, None), temperature=(1e-3, None), kl_coef=(0, None), kl_target=(0, None),
+          kl_horizon=(1, None), gamma=(0, 1), lam=(0, 1), clip=(0, None), value_clip=(0, None), vf_coef=(0, None), epochs=(1, None),
+          minibatches=(1, None), target_kl=(0, None), eos_penalty=(0, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10),
+          warmup=(0, None), seed=(0, None), eval_every=(1, None), save_every=(1, None))
+    if config.groups % config.minibatches:
+        raise InputError(f"--minibatches {config.minibatches} does not divide --groups {config.groups}")
+    resuming = checkpoint.open_run(config, "train_ppo")
+    device = dist.setup(config.device, config.seed)
+
+    # policy with a critic on its trunk, its frozen reference, the reward, the prompts
+    width = torch.float64 if config.dtype == "float64" else torch.float32
+    trunk, tok = checkpoint.load_trunk(config.policy)
+    reference = Policy(copy.deepcopy(trunk)).to(device, width).requires_grad_(False)
+    policy = Policy(trunk, value_head=True, detach_value=config.detach_value).to(device, width)
+    reward = FunctionReward(config.reward) if is_function(config.reward) else checkpoint.load_reward_model(config.reward)
+    if is_function(config.reward):
+        about = f"function {config.reward}, taken as it is"
+    else:
+        reward.use(config.statistic)
+        reward.model.to(device, width).requires_grad_(False)
+        about = f"{reward.model.trunk.family}, {config.statistic} of {reward.model.score.out_features} outputs, map {reward.map}, " \
+                f"less {reward.mean:.4f}, over {reward.std:.4f}"
+    optimizer = optim.adamw(policy, config.lr, ADAM_EPS)
+    found = data.load(config.data)
+    limit = context_limit(config.max_length, trunk.config.context)
+    if config.max_new >= limit:
+        raise InputError(f"--max_new {config.max_new} leaves no room for a prompt in {limit} positions")
+    prompts, texts, reasons = prompts_of(found.train, tok, config, limit)
+    held_prompts, held_texts, _ = prompts_of(found.held_out, tok, config, limit)
+    if not prompts:
+        raise InputError(f"--data {config.data}: no prompt fits {limit} positions with --max_new {config.max_new} ({dict(reasons)})")
+
+    header("train_ppo: proximal policy optimisation",
+           policy=f"{trunk.family}, {sum(p.numel() for p in policy.parameters()):,} parameters, from {config.policy}; reference: the same, frozen",
+           critic=f"a linear head on the policy's trunk, starting at 0, vf_coef {config.vf_coef}{', detached' if config.detach_value else ''}",
+           reward=f"{about}; clipped at +-{SCORE_CLIP:g}, {config.eos_penalty} less without EOS",
+           data=f"{found.source}: {len(prompts)} prompts, {min(len(held_prompts), EVAL_PROMPTS)} held out; dropped: {dict(+(found.dropped + reasons)) or 'nothing'}",
+           step=f"{config.groups} prompts x {config.k} responses, {config.epochs} epochs x {config.minibatches} minibatches; {config.steps} steps",
+           objective=f"score - beta KL, beta {config.kl_coef}{f' adapted to {config.kl_target} nats' if config.kl_target else ''}, gamma {config.gamma}, "
+                     f"lambda {config.lam}, clip {config.clip}, temperature {config.temperature}",
+           numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, eps {ADAM_EPS}, "
+                   f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0")
+    first, kl_coef = 0, config.kl_coef
+    if resuming:
+        state = checkpoint.load_state(config.out, policy, optimizer)
+        first, kl_coef = state["step"], state["kl_coef"]
+        print(f"resuming at step {first}")
+    else:
+        checkpoint.begin(config, "train_ppo", config.policy)
+    log = Log(config.out, first, config.steps, SHOWN)
+    measure = lambda step: held_prompts and evaluate(policy, reference, tok, reward, held_prompts[:EVAL_PROMPTS], held_texts, config, device, step, log)
+    if first == 0:
+        measure(-1)
+
+    stop = dist.Stop()
+    for step in range(first, config.steps):
+        began = time.time()
+        chosen = [prompts[i] for i in take(len(prompts), config.groups, step, config.seed)]
+        rollout = sample(policy, tok, reward, chosen, texts, config, device, generate.ROLLOUT, step, config.k)
+        look(policy, reference, rollout, config, device)
+        rewards = add_advantages(rollout, kl_coef, config)
+        numbers = describe(rollout, rewards, kl_coef)
+        lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
+        numbers.update(update(policy, optimizer, rollout, config, device, step, lr))
+        if config.kl_target:
+            kl_coef = ppo.adapt_kl_coef(kl_coef, numbers["kl"], config.kl_target, rollout.scores.numel(), config.kl_horizon)
+        seconds, tokens = time.time() - began, sum(row.columns for row in rollout.rows)
+        log.step(step, **numbers, tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds, lr=lr)
+        complain(numbers, config, log)
+
+        done = step + 1 == config.steps
+        if done or (step + 1) % config.eval_every == 0:
+            measure(step)
+        if done or stop.asked or (step + 1) % config.save_every == 0:
+            checkpoint.save_policy(Path(config.out) / "model", policy, tok)
+            checkpoint.save_state(config.out, policy, optimizer, step + 1, kl_coef=kl_coef)
+        if stop.asked and not done:
+            raise KeyboardInterrupt
+    print(f"done: {Path(config.out) / 'model'}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
