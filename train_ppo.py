@@ -72,7 +72,8 @@ class Rollout:
     ended: torch.Tensor             # (G,K) bool: with EOS
     mask: torch.Tensor              # (G,K,R) bool
     raw: torch.Tensor               # (G,K) score before normalisation
-    scores: torch.Tensor            # (G,K) normalised, clipped, less the penalty for not ending
+    normalised: torch.Tensor        # (G,K) and clipped
+    scores: torch.Tensor            # (G,K) less the penalty for not ending
     old_logprobs: torch.Tensor = None
     ref_logprobs: torch.Tensor = None
     values: torch.Tensor = None
@@ -94,10 +95,10 @@ def sample(policy, tok, reward, prompts, texts, config, device, purpose, step, k
         raw = reward.score_texts([texts[row.index] for row in rows], answers, ended.tolist(), normalised=False)
     if not torch.isfinite(raw).all():
         raise InputError(f"the reward model gave NaN or infinity at step {step}; look at its weights")
-    scores = reward.normalise(raw).clamp(-SCORE_CLIP, SCORE_CLIP) - config.eos_penalty * ~ended
+    normalised = reward.normalise(raw).clamp(-SCORE_CLIP, SCORE_CLIP)
     lengths = torch.tensor([[len(ids) for ids in responses] for responses in found])
     mask = torch.arange(lengths.max().item()) < lengths.unsqueeze(-1)
-    return Rollout(rows, answers, ended, mask, raw, scores)
+    return Rollout(rows, answers, ended, mask, raw, normalised, normalised - config.eos_penalty * ~ended)
 
 
 @torch.no_grad()
@@ -161,12 +162,12 @@ def describe(rollout, rewards, kl_coef):
     mask, responses = rollout.mask, rollout.scores.numel()
     k1 = ppo.kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
     distinct = sum(len(set(texts)) for texts in rollout.texts)
-    return {"score": rollout.raw.mean().item(), "score_normalised": rollout.scores.mean().item(),
+    return {"score": rollout.raw.mean().item(), "score_normalised": rollout.normalised.mean().item(),
             "reward": ppo.masked_mean(rewards, mask, responses).item(), "kl": ppo.masked_mean(k1, mask, responses).item(),
             "kl_k3": ppo.masked_mean(ppo.kl_k3(rollout.old_logprobs, rollout.ref_logprobs), mask, responses).item(), "kl_coef": kl_coef,
             "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
             "value_explained": ppo.explained_variance(rollout.values, rollout.returns, mask),
-            "score_clipped": (rollout.scores.abs() >= SCORE_CLIP).double().mean().item(), "response_length": mask.sum().item() / responses,
+            "score_clipped": (rollout.normalised.abs() >= SCORE_CLIP).double().mean().item(), "response_length": mask.sum().item() / responses,
             "eos_rate": rollout.ended.double().mean().item(), "distinct": distinct / responses}
 
 
@@ -206,7 +207,7 @@ def main(config):
     check(config, steps=(1, None), groups=(1, None), k=(1, None), max_new=(1, None), temperature=(1e-3, None), kl_coef=(0, None), kl_target=(0, None),
           kl_horizon=(1, None), gamma=(0, 1), lam=(0, 1), clip=(0, None), value_clip=(0, None), vf_coef=(0, None), epochs=(1, None),
           minibatches=(1, None), target_kl=(0, None), eos_penalty=(0, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10),
-          warmup=(0, None), seed=(0, None), eval_every=(1, None), save_every=(1, None))
+          warmup=(0, None), seed=(0, 2**63 - 1), eval_every=(1, None), save_every=(1, None))
     if config.groups % config.minibatches:
         raise InputError(f"--minibatches {config.minibatches} does not divide --groups {config.groups}")
     resuming = checkpoint.open_run(config, "train_ppo")
@@ -250,8 +251,7 @@ def main(config):
         state = checkpoint.load_state(config.out, policy, optimizer)
         first, kl_coef = state["step"], state["kl_coef"]
         print(f"resuming at step {first}")
-    else:
-        checkpoint.begin(config, "train_ppo", config.policy)
+    checkpoint.begin(config, "train_ppo", config.policy)           # again where it resumes: --steps may be more than before
     log = Log(config.out, first, config.steps, SHOWN)
     measure = lambda step: held_prompts and evaluate(policy, reference, tok, reward, held_prompts[:EVAL_PROMPTS], held_texts, config, device, step, log)
     if first == 0:

@@ -124,7 +124,7 @@ def evaluate(model, rows, config, device):
 
 
 def main(config):
-    check(config, steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None), seed=(0, None),
+    check(config, steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None), seed=(0, 2**63 - 1),
           eval_every=(1, None), save_every=(1, None), quantiles=(2, 1000), kappa=(0, None), rank_coef=(0, None), quantile_coef=(0, None))
     resuming = checkpoint.open_run(config, "train_rm")
     device = dist.setup(config.device, config.seed)
@@ -141,6 +141,8 @@ def main(config):
     reasons["nothing to learn from (no judgement of the wanted kind, or all equal)"] += len(encoded) - len(rows)
     if not rows:
         raise InputError(f"--data {config.data}: no group left to train on with --loss {config.loss} --labels {config.labels} ({dict(+(found.dropped + reasons))})")
+    if config.loss == "quantile" and config.quantile_coef and not counts(rows, config)["targets"]:
+        raise InputError(f"--quantile_target {config.quantile_target}: no response of --data {config.data} has any")
     scorer = Scorer(trunk, config.quantiles if config.loss == "quantile" else 1)
     scorer = scorer.to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     optimizer = optim.adamw(scorer, config.lr)
@@ -162,7 +164,7 @@ def main(config):
         print(f"resuming at step {first}")
     else:
         first = 0
-        checkpoint.begin(config, "train_rm", config.init)
+    checkpoint.begin(config, "train_rm", config.init)           # again where it resumes: --steps may be more than before
     log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens", "seconds"))
     if first == 0 and held_rows:
         log.evaluation(-1, **evaluate(scorer, held_rows, config, device))

@@ -53,7 +53,8 @@ def evaluate(policy, rows, config, device):
 
 
 def show(policy, tok, rows, prompts, step, config, device, log):
-    """Continuations of a few held-out prompts at temperature 1."""
+    """Continuations of a few held-out prompts at temperature 1, of those that leave room for one."""
+    rows = [row for row in rows if len(row.prompt) + SAMPLE_TOKENS <= policy.trunk.config.context][:SAMPLE_PROMPTS]
     with dist.autocast(device, config.dtype):
         found = generate.sample(policy.trunk, [row.prompt for row in rows], [row.index for row in rows], 1, SAMPLE_TOKENS, tok.eos_id,
                                 config.seed, generate.EVALUATION, step)
@@ -63,7 +64,7 @@ def show(policy, tok, rows, prompts, step, config, device, log):
 
 def main(config):
     check(config, steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None),
-          seed=(0, None), eval_every=(1, None), save_every=(1, None))
+          seed=(0, 2**63 - 1), eval_every=(1, None), save_every=(1, None))
     resuming = checkpoint.open_run(config, "train_sft")
     device = dist.setup(config.device, config.seed)
 
@@ -95,7 +96,7 @@ def main(config):
         print(f"resuming at step {first}")
     else:
         first = 0
-        checkpoint.begin(config, "train_sft", config.init)
+    checkpoint.begin(config, "train_sft", config.init)           # again where it resumes: --steps may be more than before
     log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens", "seconds"))
     if first == 0 and held_rows:
         log.evaluation(-1, eval_loss=evaluate(policy, held_rows, config, device))
@@ -119,7 +120,7 @@ def main(config):
         done = step + 1 == config.steps
         if held_rows and (done or (step + 1) % config.eval_every == 0):
             log.evaluation(step, eval_loss=evaluate(policy, held_rows, config, device))
-            show(policy, tok, held_rows[:SAMPLE_PROMPTS], [group.prompt for group in held_out], step, config, device, log)
+            show(policy, tok, held_rows, [group.prompt for group in held_out], step, config, device, log)
         if done or stop.asked or (step + 1) % config.save_every == 0:
             checkpoint.save_policy(Path(config.out) / "model", policy, tok)
             checkpoint.save_state(config.out, policy, optimizer, step + 1)

@@ -60,6 +60,7 @@ def check(config, **bounds):
 
 def run(main, cls):
     """The last line of a script: parse, call main, and end a user's mistake with one line and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")        # a terminal without a sample's letters shows their codes
     try:
         main(parse(cls))
         return
@@ -69,5 +70,5 @@ def run(main, cls):
         message, code = f"error: {error.filename or ''}: {error.strerror or error}; what was saved before is whole", 2
     except KeyboardInterrupt:
         message, code = "stopped; the same command goes on from the last save", 130
-    print(message, file=sys.stderr)
+    print(" ".join(message.splitlines()), file=sys.stderr)        # what a user's function raised may have several lines
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 torchrun sets RANK, LOCAL_RANK and WORLD_SIZE.
 """
+import errno
 import os
 import signal
 
@@ -11,17 +12,17 @@ import torch
 def setup(device, seed):
     """Chooses the device ("auto", "cpu", "cuda" or "cuda:N"), seeds, asks for repeatable sums.  -> torch.device
 
-    Raises ValueError for a device that is not there, and for more than one process.
+    Raises OSError for a device that is not there, and for more than one process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("this version trains in one process: start it with python, or with torchrun --nproc_per_node=1")
+        raise OSError(errno.ENOTSUP, "this version trains in one process: start it with python, or with torchrun --nproc_per_node=1", "WORLD_SIZE")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as error:                   # torch raises AssertionError or RuntimeError, by its build
-        raise ValueError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
+        raise OSError(errno.ENODEV, f"not usable here ({str(error).splitlines()[0]})", f"--device {device}") from None
     torch.manual_seed(seed)
     # Gradients of gathered columns are scatter-adds; without this their order, so the last bit, depends on the threads.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

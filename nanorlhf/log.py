@@ -40,16 +40,16 @@ class Log:
         self.start, self.steps, self.show, self.began, self.files = start, steps, show, time.time(), {}
         for name in ("metrics", "samples"):
             path = Path(out) / f"{name}.jsonl"
-            kept = [line for line in self._rows(path) if json.loads(line)["step"] < start]
-            replace(path, "".join(kept).encode())
-            self.files[name] = open(path, "a", encoding="utf-8")
+            kept = [line for line in self._rows(path) if start and json.loads(line)["step"] < start]       # -1 is before the first step
+            replace(path, b"".join(kept))
+            self.files[name] = open(path, "a", encoding="utf-8", errors="backslashreplace")      # half a surrogate pair becomes JSON's \uXXXX
 
     @staticmethod
     def _rows(path):
-        """Whole lines only: a killed process may have left half of one."""
+        """Whole lines only, as bytes: a killed process may have left half of one, and a text may hold U+2028, where str.splitlines cuts too."""
         if not path.exists():
             return []
-        return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
     def _write(self, name, row):
         self.files[name].write(json.dumps({key: clean(value) for key, value in row.items()}, ensure_ascii=False) + "\n")

@@ -130,7 +130,7 @@ class FunctionReward:
         try:
             module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(path).stem, path))
             found.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:             # a script that parses its own command line exits
             raise InputError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from None
         self.function, self.spec = getattr(module, name, None), spec
         if not callable(self.function):
@@ -142,7 +142,7 @@ class FunctionReward:
         flat = [text for texts in responses for text in texts]
         try:
             scores = [float(score) for score in self.function([p for p in prompts for _ in range(k)], flat)]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{self.spec} raised {type(error).__name__}: {str(error)[:200]}") from None
         if len(scores) != len(flat):
             raise InputError(f"{self.spec} returned {len(scores)} scores for {len(flat)} responses")

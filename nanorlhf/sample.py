@@ -9,7 +9,7 @@ from typing import Literal
 
 
 from . import checkpoint, data, dist, generate
-from .batching import encode_all
+from .batching import context_limit, encode_all
 from .config import InputError, check, run
 from .log import replace
 from .reward import FunctionReward, is_function
@@ -65,9 +65,8 @@ def draw_distinct(policy, rows, config, device):
     return found
 
 
-def judged(groups, spec):
+def judged(groups, judge):
     """Adds the judge's score and the places that follow from it (equal scores tie)."""
-    judge = FunctionReward(spec) if is_function(spec) else checkpoint.load_reward_model(spec)
     for group in groups:
         ended = [response.ended for response in group.responses]
         scores = judge.score_texts([group.prompt], [[response.text for response in group.responses]], [ended], normalised=False)[0].tolist()
@@ -78,16 +77,17 @@ def judged(groups, spec):
 def write(policy, config, device):
     """K responses to each prompt of --data, into --out."""
     found, out = data.load(config.data), Path(config.out)
-    if not config.out or out.exists():
-        raise InputError(f"--out {config.out or '(missing)'}: name a file that does not exist yet")
+    if not config.out or out.exists() or not out.parent.is_dir():
+        raise InputError(f"--out {config.out or '(missing)'}: name a file that does not exist yet, in a folder that does")
+    judge = config.judge and (FunctionReward(config.judge) if is_function(config.judge) else checkpoint.load_reward_model(config.judge))
     distinct = {}
     for group in getattr(found, config.split):
         distinct.setdefault(group.prompt, data.Group(group.prompt, [], group.cut, group.extra))
         distinct[group.prompt].responses += group.responses
     groups = list(distinct.values())[: config.limit or None]
     bare = [data.Group(group.prompt, [], group.cut) for group in groups]
-    length = config.max_length or policy.trunk.config.context
-    rows, reasons = encode_all(bare, policy.tokenizer, min(length, policy.trunk.config.context) - config.max_new)
+    limit = context_limit(config.max_length, policy.trunk.config.context)
+    rows, reasons = encode_all(bare, policy.tokenizer, limit - config.max_new)
     if not rows:
         raise InputError(f"--data {config.data}: no prompt left ({dict(reasons) or 'the split is empty'})")
     written = []
@@ -96,8 +96,8 @@ def write(policy, config, device):
         own = [data.Response(r.text, label=1, ended=r.ended) for r in group.responses] if config.keep else []
         responses = own + [data.Response(text, label=0, ended=ended) for text, ended in answers]
         written.append(data.Group(group.prompt, responses, group.cut, group.extra))
-    if config.judge:
-        judged(written, config.judge)
+    if judge:
+        judged(written, judge)
     try:
         replace(out, data.write_groups(written))
     except OSError as error:
@@ -111,7 +111,7 @@ def write(policy, config, device):
 
 
 def main(config):
-    check(config, limit=(0, None), k=(1, None), max_new=(1, None), temperature=(0, None), top_p=(1e-6, 1), max_tokens=(1, None), max_length=(0, None), seed=(0, None))
+    check(config, limit=(0, None), k=(1, None), max_new=(1, None), temperature=(0, None), top_p=(1e-6, 1), max_tokens=(1, None), max_length=(0, None), seed=(0, 2**63 - 1))
     if bool(config.prompt) == bool(config.data):
         raise InputError("give either --prompt or --data")
     device = dist.setup(config.device, config.seed)

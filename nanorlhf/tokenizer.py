@@ -65,7 +65,7 @@ class SentencePiece(Saved):
     def encode_prompt(self, text):
         """The start of a sequence, as Hugging Face's LLaMA tokenizer encodes it: BOS and a dummy space before the first word."""
         ids = self.encode(" " + text) if text else []
-        return ids if self.bos_id is None else [self.bos_id, *ids]
+        return ([] if self.bos_id is None else [self.bos_id]) + ids or [self.eos_id]
 
     def decode(self, ids):
         """Inverse of encode; control pieces, unknown and padding ids are left out; bytes that are not UTF-8 become U+FFFD."""
@@ -266,7 +266,7 @@ def _named_token(kind, ids, config, where, known=()):
         name = next((token for token, i in ids.items() if i == number), f"id {number}")
     if name is None:
         name = next((token for token in known if token in ids), None)
-    if name not in ids and (kind == "eos" or name is not None):
+    if name not in ids and kind == "eos":                      # a BOS is only kept apart from padding here: a stray id does no harm
         raise ValueError(f"{where}: no {kind} token ({name!r:.60} is not in the vocabulary); name it as \"{kind}_token\" in tokenizer_config.json")
     return ids.get(name), name
 

@@ -75,6 +75,14 @@ def test_eos_is_a_token_like_any_other():
     assert batch.responses[rewards != 0].tolist() == [EOS, EOS, 5, EOS]
 
 
+@pytest.mark.parametrize("detach", [False, True])
+def test_detach_value_keeps_the_value_loss_out_of_the_trunk(detach):
+    policy = drawn(Policy(TRUNKS["gpt2"](), value_head=True, detach_value=detach))
+    policy(pack_rows(ROWS)).values.sum().backward()
+    assert policy.value_head.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in policy.trunk.parameters()) if detach else policy.trunk.wte.weight.grad.abs().sum() > 0
+
+
 # ------------------------------------------------------------------------------------------------------------- the step
 
 class Two(torch.nn.Module):
@@ -167,13 +175,15 @@ FAULTS = [   # name, file, what stands there, what is put there, the test that m
     # clipped losses
     ("policy clipped on the wrong side", "ppo.py", "torch.minimum(free, clipped)", "torch.maximum(free, clipped)", "test_ppo.py::test_policy_loss_by_case"),
     ("policy loss of the wrong sign", "ppo.py", "return -masked_mean(", "return masked_mean(", "test_ppo.py::test_policy_loss_by_case"),
-    ("ratio upside down", "ppo.py", "kl_k1(_inside(logprobs, mask), _inside(old_logprobs, mask))", "kl_k1(_inside(old_logprobs, mask), _inside(logprobs, mask))",
+    ("ratio upside down", "ppo.py",
+     "kl_k1(_inside(logprobs, mask), _inside(old_logprobs, mask))", "kl_k1(_inside(old_logprobs, mask), _inside(logprobs, mask))",
      "test_ppo.py::test_policy_loss_by_case"),
     ("a clipped ratio that overflows", "ppo.py", "log_ratio.clamp(max=80)", "log_ratio", "test_ppo.py::test_policy_loss_at_extremes"),
     ("value clipped on the wrong side", "ppo.py", "0.5 * torch.maximum(free, clipped)", "0.5 * torch.minimum(free, clipped)",
      "test_ppo.py::test_value_loss_by_case"),
     # rows
-    ("pad = EOS, so EOS is masked away", "batching.py", "mask[b, k, :n] = response, True", "mask[b, k, :n] = response, [token != response[-1] for token in response]",
+    ("pad = EOS, so EOS is masked away", "batching.py", "mask[b, k, :n] = response, True",
+     "mask[b, k, :n] = response, [token != response[-1] for token in response]",
      "test_faults.py::test_eos_is_a_token_like_any_other"),
     ("reward read at the last column", "batching.py", "last[b, k], valid[b, k] = end - 1 if n else P - 1, True", "last[b, k], valid[b, k] = T - 1, True",
      ONE_BY_ONE),
@@ -188,6 +198,8 @@ FAULTS = [   # name, file, what stands there, what is put there, the test that m
     ("llama: responses see each other", "llama.py", VISIBLE, "mine = branch_key[:, None] >= branch_query[:, :, None] * 0", f"{ONE_BY_ONE}[llama]"),
     ("gpt2: an attention mask accepted and ignored", "gpt2.py", "attn_mask=mask", "attn_mask=None", f"{ONE_BY_ONE}[gpt2]"),
     ("llama: an attention mask accepted and ignored", "llama.py", "attn_mask=mask", "attn_mask=None", f"{ONE_BY_ONE}[llama]"),
+    ("detach_value ignored", "heads.py", "hidden.detach() if self.detach_value else hidden", "hidden",
+     "test_faults.py::test_detach_value_keeps_the_value_loss_out_of_the_trunk"),
     # sampling
     ("top-p one token short", "generate.py", "before = ordered.cumsum(-1) - ordered", "before = ordered.cumsum(-1)",
      "test_generate.py::test_top_p_is_the_smallest_set"),
@@ -199,7 +211,8 @@ FAULTS = [   # name, file, what stands there, what is put there, the test that m
     # the step, and resume
     ("clipping before backward or after the step: the step is not clipped", "optim.py", CLIP, CLIP.replace("MAX_GRAD_NORM", "1e9"),
      "test_faults.py::test_update_clips_the_norm_of_the_whole_gradient"),
-    ("clipping parameter by parameter", "optim.py", CLIP, "norm = sum(torch.nn.utils.clip_grad_norm_([p], MAX_GRAD_NORM) ** 2 for p in model.parameters()).sqrt().item()",
+    ("clipping parameter by parameter", "optim.py", CLIP,
+     "norm = sum(torch.nn.utils.clip_grad_norm_([p], MAX_GRAD_NORM) ** 2 for p in model.parameters()).sqrt().item()",
      "test_faults.py::test_update_clips_the_norm_of_the_whole_gradient"),
     ("a step with NaN", "optim.py", 'if not norm < float("inf")', "if False", "test_faults.py::test_update_refuses_a_gradient_that_is_not_finite"),
     ("a resume that forgets the optimizer", "checkpoint.py", "                if state:", "                if False:",

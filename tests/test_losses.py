@@ -139,9 +139,9 @@ def test_classification_leaves_out_what_has_no_label():
 
 def test_balanced_weights():
     # one good and four bad: 5/2 and 5/8 each, in all 5, half of it the good one's; one kind alone: 1; no label or not there: 0
-    label = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 0, -1, 0, 1]])
-    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False]])
-    expected = [[2.5, 0.625, 0.625, 0.625, 0.625], [1, 1, 1, 0, 0], [1.5, 0.75, 0, 0.75, 0]]
+    label = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 0, -1, 0, 1], [1, 1, 0, -1, -1], [1, 1, 1, 1, 0]])
+    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5, [True] * 4 + [False]])
+    expected = [[2.5, 0.625, 0.625, 0.625, 0.625], [1, 1, 1, 0, 0], [1.5, 0.75, 0, 0.75, 0], [0.75, 0.75, 1.5, 0, 0], [1, 1, 1, 1, 0]]
     assert balanced_weights(label, valid).tolist() == expected
 
 
@@ -362,6 +362,15 @@ def test_scores_become_places_of_their_means():
     assert found.label == [0, 1, 1, 0] and found.targets == [[1, -1, -1], [1, 1, 1], [1, 1, -1], [-1, -1, -1]]
 
 
+def test_equal_scores_tie_in_any_order():
+    # 0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in float64's last bit; a panel in another order is no better or worse
+    found = judged(scores=[[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
+    assert found.place[0] == found.place[1] and found.label == [None, None] and found.targets == [[], []]
+    # and what differs in the ninth digit differs still, as float32
+    close = judged(scores=[[1.0], [1.00000001]])
+    assert torch.tensor(close.place).diff().item() < 0 and close.label == [0, 1]
+
+
 def test_hh_pairs(tmp_path):
     # chosen over rejected; chosen good, rejected bad; +1, -1
     (tmp_path / "train.jsonl").write_text('{"chosen": "\\n\\nHuman: hi\\n\\nAssistant: yes", "rejected": "\\n\\nHuman: hi\\n\\nAssistant: no"}\n')
@@ -376,7 +385,7 @@ def test_which_kind_of_label_is_read():
     both = dict(place=[1, 0], label=[1, 0], scores=[[0], [1]])
     assert judged(**both).label == [0, 1]
     assert judged("label", **both).label == [1, 0]
-    assert judged("scores", **both).place == [0, -1]
+    assert judged("scores", **dict(both, scores=[[0], [9]])).label == [0, 1] and judged("scores", **dict(both, scores=[[9], [0]])).label == [1, 0]
     assert judged(place=[0, None], label=[0, 1]).label == [0, 1]
     assert judged(place=[0, None]) is None and judged("label", place=[0, 1]) is None and judge([]) is None
 

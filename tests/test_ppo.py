@@ -119,6 +119,10 @@ def test_gae_by_hand():
     assert advantages.tolist() == [[1, 0, -2, 0]] and returns.tolist() == [[2, 2, 1, 0]]
 
 
+def test_gae_of_a_single_column():
+    assert [x.tolist() for x in ppo.gae(torch.tensor([[2.0]]), torch.tensor([[0.5]]), torch.tensor([[True]]), 0.9, 0.8)] == [[[1.5]], [[2.0]]]
+
+
 def test_gae_is_the_sum_of_discounted_deltas():
     # A_t = sum over l of (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V_{t+1} - V_t,  V after the end 0
     lengths, gamma, lam = [7, 1, 4, 0], 0.9, 0.8
@@ -184,6 +188,9 @@ def test_whiten_what_does_not_vary():
     # float32 holds 1e3 + 0.1 inexactly, and a variance is not to go below 0;  no token at all is no error either
     assert ppo.whiten(torch.full((2, 3), 1000.1), torch.ones(2, 3, dtype=torch.bool)).abs().max() < 1e-3
     assert (ppo.whiten(torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool)) == 0).all()
+    assert ppo.whiten(torch.tensor([7.0, NAN]), torch.tensor([True, False])).tolist() == [0, 0]          # one token is its own mean
+    # squares that rounding left below count * mean^2
+    assert ppo.whiten(torch.ones(2), torch.ones(2, dtype=torch.bool), torch.tensor([2, 2, 2 - 1e-6], dtype=torch.float64)).tolist() == [0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------- policy loss
@@ -305,6 +312,7 @@ def test_explained_variance():
     assert ppo.explained_variance(constant, returns, mask) == pytest.approx(0)
     # V = 5 - G: G - V = 2 G - 5, four times the variance of G:  1 - 4 = -3
     assert ppo.explained_variance(wrong, returns, mask) == pytest.approx(-3)
+    assert ppo.explained_variance(wrong / 1000, returns / 1000, mask) == pytest.approx(-3, rel=1e-4)      # small returns are no constant
     assert ppo.explained_variance(returns, constant, mask) == 0 and ppo.explained_variance(returns, returns, torch.zeros_like(mask)) == 0
 
 
