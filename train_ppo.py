@@ -205,7 +205,7 @@ def prompts_of(groups, tok, config, limit):
 
 def main(config):
     check(config, steps=(1, None), groups=(1, None), k=(1, None), max_new=(1, None), temperature=(1e-3, None), kl_coef=(0, None), kl_target=(0, None),
-          kl_horizon=(1, None), gamma=(0, 1), lam=(0, 1), clip=(0, None), value_clip=(0, None), vf_coef=(0, None), epochs=(1, None),
+          kl_horizon=(config.groups * config.k, None), gamma=(0, 1), lam=(0, 1), clip=(0, None), value_clip=(0, None), vf_coef=(0, None), epochs=(1, None),
           minibatches=(1, None), target_kl=(0, None), eos_penalty=(0, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10),
           warmup=(0, None), seed=(0, 2**63 - 1), eval_every=(1, None), save_every=(1, None))
     if config.groups % config.minibatches:

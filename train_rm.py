@@ -19,6 +19,7 @@ from nanorlhf.log import Log, header
 from nanorlhf.reward import STD_FLOOR, RewardModel
 
 EVAL_GROUPS = 250          # held-out groups that accuracy is measured on
+SAMPLE_GROUPS = 2          # held-out groups whose responses are shown with their scores
 FIT_GROUPS = 500           # training groups that the normalisation is fitted on
 
 
@@ -105,7 +106,10 @@ def auc(scores, labels):
 
 
 def evaluate(model, rows, config, device):
-    """Loss; accuracy over all pairs of unequal place within a group; AUC over labels across groups; how often quantiles cross."""
+    """Loss; accuracy over all pairs of unequal place within a group; AUC over labels across groups; how often quantiles cross.
+
+    -> (numbers by name, raw outputs (K,N) of each row)
+    """
     outputs, loss = outputs_of(model, rows, config, device)
     right = pairs = longer = 0.0
     for row, output in zip(rows, outputs):
@@ -119,8 +123,17 @@ def evaluate(model, rows, config, device):
     labelled = [(score, y) for row, output in zip(rows, outputs) for score, y in zip(output.mean(-1).tolist(), row.label) if y is not None]
     scores, labels = torch.tensor([s for s, _ in labelled]), torch.tensor([y == 1 for _, y in labelled])
     crossing = torch.cat(outputs).diff(dim=-1).lt(0).float()
-    return {"eval_loss": loss, "eval_accuracy": right / max(pairs, 1), "eval_pairs": int(pairs), "eval_auc": auc(scores, labels),
-            "eval_accuracy_of_longer": longer / max(pairs, 1), **({"eval_crossing": crossing.mean().item()} if crossing.numel() else {})}
+    numbers = {"eval_loss": loss, "eval_accuracy": right / max(pairs, 1), "eval_pairs": int(pairs), "eval_auc": auc(scores, labels),
+               "eval_accuracy_of_longer": longer / max(pairs, 1), **({"eval_crossing": crossing.mean().item()} if crossing.numel() else {})}
+    return numbers, outputs
+
+
+def show(rows, outputs, groups, step, log):
+    """A few held-out groups with what the model says of each response, best first, and the true place."""
+    for row, output in list(zip(rows, outputs))[:SAMPLE_GROUPS]:
+        said = zip(output.mean(-1).tolist(), row.place, groups[row.index].responses)
+        for score, place, response in sorted(said, key=lambda triple: -triple[0]):
+            log.sample(step, groups[row.index].prompt, response.text, score=score, place=place)
 
 
 def main(config):
@@ -167,7 +180,7 @@ def main(config):
     checkpoint.begin(config, "train_rm", config.init)           # again where it resumes: --steps may be more than before
     log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens", "seconds"))
     if first == 0 and held_rows:
-        log.evaluation(-1, **evaluate(scorer, held_rows, config, device))
+        log.evaluation(-1, **evaluate(scorer, held_rows, config, device)[0])
 
     stop = dist.Stop()
     for step in range(first, config.steps):
@@ -186,7 +199,9 @@ def main(config):
 
         done = step + 1 == config.steps
         if held_rows and (done or (step + 1) % config.eval_every == 0):
-            log.evaluation(step, **evaluate(scorer, held_rows, config, device))
+            numbers, outputs = evaluate(scorer, held_rows, config, device)
+            log.evaluation(step, **numbers)
+            show(held_rows, outputs, found.held_out, step, log)
         if done:
             spread = reward_model.fit(torch.cat(outputs_of(scorer, rows[:FIT_GROUPS], config, device)[0]))
             print(f"normalised over the training mix: raw mean {reward_model.mean:.4f}, raw deviation {spread:.4f}"

@@ -57,9 +57,9 @@ def ranking_loss(scores, place, valid, count=None):
 
 
 def balanced_weights(label, valid):
-    """Good and bad weigh the same within a group; the weights of a group sum to its number of valid responses.
+    """Good and bad weigh the same within a group; the weights of a group sum to its number of labelled responses.
 
-    label (...,K), 1 good, 0 bad;  valid (...,K) bool  ->  (...,K).  The paper's expectation is over pairs (y, y'), so four
+    label (...,K), 1 good, 0 bad;  valid (...,K) bool; another label counts as none  ->  (...,K).  The paper's expectation is over pairs (y, y'), so four
     samples beside one expert response must not weigh four times. A group with one kind only has weight 1 throughout.
     """
     good, bad = valid & (label == 1), valid & (label == 0)
@@ -72,7 +72,7 @@ def balanced_weights(label, valid):
 def classification_loss(logits, label, valid, weight=None, count=None):
     """L = - mean [ y log sigmoid(z) + (1 - y) log sigmoid(-z) ]                                     [paper A, 3.2]
 
-    logits (...,K) z;  label (...,K) y in {0, 1};  valid (...,K) bool;  weight (...,K), default 1;
+    logits (...,K) z;  label (...,K) y in {0, 1};  valid (...,K) bool, true where there is a label;  weight (...,K), default 1;
     count: responses, default valid.sum().  ->  scalar, nats a response.  The reward is then tanh(z/2) in (-1, 1).
     """
     assert logits.shape == label.shape == valid.shape, (logits.shape, label.shape, valid.shape)

@@ -45,8 +45,8 @@ def canonical(name, outputs):
 
 
 def lowest(share, outputs):
-    """ceil(share N), where .3 * 10 = 3.0000000000000004 counts as 3."""
-    return max(1, math.ceil(float(share) * outputs - 1e-9))
+    """ceil(share N), where .3 * 10 = 3.0000000000000004 counts as 3, and .666667 * 3, a share as `canonical` writes it, as 2."""
+    return max(1, math.ceil(float(share) * outputs - 1e-3))
 
 
 def statistics(outputs):

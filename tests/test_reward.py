@@ -1,0 +1,196 @@
+"""Rewards of texts: a batch equals its texts one by one, BOS and EOS stand where they belong, normalisation happens once; functions."""
+import pytest
+import torch
+
+from nanorlhf import checkpoint, tokenizer
+from nanorlhf.config import InputError
+from nanorlhf.gpt2 import GPT2, GPT2Config
+from nanorlhf.heads import Scorer
+from nanorlhf.llama import Llama, LlamaConfig
+from nanorlhf.reward import STD_FLOOR, FunctionReward, RewardModel, canonical, is_function, lowest, statistic, statistics
+
+PROMPTS = ["the king said", "a fox and a crow met in the wood and spoke:", "who?"]
+RESPONSES = [[" what is this", " glad", ""], [" a", " the queen met the king in the wood", " é 😀"], [" b", " b", " b c"]]
+ENDED = [[True, False, True], [True, True, False], [True, False, True]]
+FAMILIES = ["gpt2", "llama"]
+
+
+def reward_model(family, outputs=1, context=96, **more):
+    """Weights of a size that makes every token matter."""
+    torch.manual_seed(0)
+    texts = PROMPTS + [text for texts in RESPONSES for text in texts]
+    if family == "gpt2":
+        tok = tokenizer.train_bpe(texts, 270)
+        trunk = GPT2(GPT2Config(vocab_size=tok.vocab_size, n_positions=context, n_embd=16, n_layer=2, n_head=2))
+    else:
+        tok = tokenizer.train_sentencepiece(texts * 2, 300)
+        trunk = Llama(LlamaConfig(vocab_size=tok.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                                  num_key_value_heads=2, max_position_embeddings=context))
+    model = Scorer(trunk, outputs)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    model.trunk.lm_head = None
+    return RewardModel(model.double(), tok, **more)
+
+
+def seen_rows(model, *texts):
+    """What the trunk gets of some texts, in integers."""
+    rows, outputs = [], model.outputs
+    model.outputs = lambda found: rows.extend(found) or outputs(found)
+    try:
+        model.score_texts(*texts)
+    finally:
+        del model.outputs
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------- text to numbers
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("outputs, name", [(1, "mean"), (4, "mean"), (4, "q0"), (4, "cvar:0.5")])
+def test_a_batch_equals_its_texts_alone(family, outputs, name):
+    model = reward_model(family, outputs)
+    model.use(name)
+    together = model.score_texts(PROMPTS, RESPONSES, ENDED)
+    assert together.shape == (3, 3) and together.std() > 0.02
+    for b, prompt in enumerate(PROMPTS):
+        for k in range(3):
+            alone = model.score_texts([prompt], [[RESPONSES[b][k]]], [[ENDED[b][k]]])
+            assert together[b, k].item() == pytest.approx(alone.item(), abs=1e-6)
+    backwards = model.score_texts(PROMPTS[::-1], [texts[::-1] for texts in RESPONSES[::-1]], [ends[::-1] for ends in ENDED[::-1]])
+    assert torch.allclose(together, backwards.flip(0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 10**6])
+def test_micro_batches_keep_the_order(max_tokens):
+    model = reward_model("llama", 2)
+    rows = seen_rows(model, PROMPTS, RESPONSES, ENDED)
+    assert torch.allclose(model.outputs(rows, max_tokens), model.outputs(rows), atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bos_and_eos(family):
+    model = reward_model(family)
+    tok = model.tokenizer
+    for row, prompt, texts, ends in zip(seen_rows(model, PROMPTS, RESPONSES, ENDED), PROMPTS, RESPONSES, ENDED):
+        assert (row.prompt[0] == tok.bos_id) == (family == "llama") and tok.decode(row.prompt).strip() == prompt
+        assert tok.bos_id not in row.prompt[1:] and tok.eos_id not in row.prompt
+        for ids, text, ended in zip(row.responses, texts, ends):
+            assert ids == tok.encode(text) + [tok.eos_id] * ended and tok.decode(ids) == text
+            assert tok.eos_id not in ids[:-1] and tok.bos_id not in ids
+    # so whether a response ended is part of what is scored: the third prompt has " b" once ended, once not
+    scores = model.score_texts(PROMPTS, RESPONSES, ENDED)
+    assert abs(scores[2, 0] - scores[2, 1]) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_that_are_too_long_lose_their_beginning(family):
+    model = reward_model(family, context=24)
+    tok, long = model.tokenizer, "the wood " * 12 + "the king said"
+    row, short = seen_rows(model, [long, "who?"], [[" glad", " a"], [" b", " b"]], [[True, True], [False, False]])
+    assert model.cut == 1                                                   # the second prompt fits
+    assert len(row.prompt) + max(map(len, row.responses)) == 24             # the longest response fits whole, nothing is wasted
+    whole, start = tok.encode_prompt(long), [tok.bos_id] if family == "llama" else []
+    assert row.prompt == start + whole[len(whole) - len(row.prompt) + len(start):]
+    assert [tok.decode(ids) for ids in row.responses] == [" glad", " a"] and tok.decode(short.prompt).strip() == "who?"
+    model.score_texts([long], [[" glad"]], [[True]])
+    assert model.cut == 2
+    with pytest.raises(InputError, match="context of 24 tokens is too short"):
+        model.score_texts(["a"], [[" glad" * 40]], [[True]])
+
+
+# ----------------------------------------------------------------------------------------------------- normalisation
+
+@pytest.mark.parametrize("outputs, reward_map", [(1, "identity"), (1, "tanh_half"), (4, "identity")])
+def test_normalisation_is_applied_once(outputs, reward_map, tmp_path):
+    model = reward_model("gpt2", outputs, reward_map=reward_map)
+    raw = model.score_texts(PROMPTS, RESPONSES, ENDED)                      # before the fit: as it is
+    assert torch.equal(raw, model.score_texts(PROMPTS, RESPONSES, ENDED, normalised=False))
+    rows = seen_rows(model, PROMPTS, RESPONSES, ENDED)
+    spread = model.fit(model.outputs(rows).flatten(0, 1))
+    assert spread == pytest.approx(raw.double().std(unbiased=False).item(), rel=1e-5) and model.mean == pytest.approx(raw.mean().item(), rel=1e-5)
+    assert set(model.moments) == set(statistics(outputs))
+    checkpoint.save_reward_model(tmp_path, model)
+    loaded = checkpoint.load_reward_model(tmp_path)
+    loaded.model.double()
+    for name in statistics(outputs):
+        for found in (model, loaded):                                       # every statistic by a normalisation of its own, also after a save
+            found.use(name)
+            scores = found.score_texts(PROMPTS, RESPONSES, ENDED)
+            plain = found.score_texts(PROMPTS, RESPONSES, ENDED, normalised=False)
+            assert scores.mean().item() == pytest.approx(0, abs=1e-4) and torch.equal(scores, found.normalise(plain))
+            assert scores.std(unbiased=False).item() == pytest.approx(min(1, plain.std(unbiased=False).item() / STD_FLOOR), abs=1e-4)
+    if reward_map == "tanh_half":
+        assert raw.abs().max() < 1
+        z = model.outputs(rows)[..., 0]
+        assert torch.allclose(raw, (2 * torch.sigmoid(z) - 1).float(), atol=1e-6)
+
+
+def test_a_model_at_chance_is_not_blown_up():
+    # raw outputs 1 +- 1e-3: divided by their own deviation, noise would become rewards of order 1
+    model = reward_model("gpt2")
+    outputs = torch.tensor([[1.001], [0.999]], dtype=torch.float64)
+    assert model.fit(outputs) == pytest.approx(1e-3)
+    assert model.mean == pytest.approx(1) and model.std == STD_FLOOR
+    assert model.normalise(outputs).abs().max() == pytest.approx(1e-2)
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+
+def test_statistics_list_every_statistic():
+    assert statistics(1) == ["mean"]
+    assert statistics(2) == ["mean", "q0", "q1", "cvar:0.5", "cvar:1"]
+    for n in (2, 3, 7, 10):
+        assert len(set(statistics(n))) == 1 + 2 * n and all(canonical(name, n) == name for name in statistics(n))
+        for share in ("0.01", ".1", "0.3", "0.33333", "0.7", "0.999", "1"):
+            assert canonical(f"cvar:{share}", n) in statistics(n)           # so each that is asked for has been fitted
+    assert [lowest(share, 10) for share in (0.01, 0.1, 0.11, 0.3, 0.7, 1)] == [1, 1, 2, 3, 7, 10]
+
+
+def test_use_reads_the_sorted_outputs():
+    model = reward_model("gpt2", 4)
+    outputs = torch.tensor([3.0, 1.0, 2.0, 6.0])
+    for name, value in (("mean", 3.0), ("q0", 1.0), ("q3", 6.0), ("cvar:0.5", 1.5), ("cvar:0.6", 2.0), ("cvar:1", 3.0)):
+        model.use(name)
+        assert model.raw(outputs) == statistic(outputs, model.statistic) == value
+    for name in ("q4", "q-1", "cvar:0", "cvar:1.1", "cvar:nan", "best", "", "q1 "):
+        with pytest.raises(InputError, match="--statistic"):
+            model.use(name)
+    assert model.statistic == "cvar:1"                                      # a refusal changes nothing
+
+
+# ---------------------------------------------------------------------------------------------------------- functions
+
+def function(tmp_path, body, name="f"):
+    (tmp_path / "reward.py").write_text(body)
+    return FunctionReward(f"{tmp_path / 'reward.py'}:{name}")
+
+
+def test_a_function_gets_flat_lists(tmp_path):
+    reward = function(tmp_path, "seen = []\ndef f(prompts, responses):\n    seen.append((prompts, responses))\n    return [10 * len(p) + len(r) for p, r in zip(prompts, responses)]\n")
+    scores = reward.score_texts(["a", "bb"], [["x", "xy"], ["", "xyz"]], [[True, True], [False, True]])
+    assert scores.tolist() == [[11, 12], [20, 23]] and scores.dtype == torch.float32
+    assert reward.function.__globals__["seen"] == [(["a", "a", "bb", "bb"], ["x", "xy", "", "xyz"])]
+    assert reward.normalise(scores) is scores                               # taken as it is
+    assert torch.equal(scores, reward.score_texts(["a", "bb"], [["x", "xy"], ["", "xyz"]], [[True, True], [False, True]], normalised=False))
+
+
+@pytest.mark.parametrize("returned, says", [("[1.0]", "returned 1 scores for 2"), ("[1.0] * 3", "returned 3 scores for 2"), ("[0, float('nan')]", "nan for the response 'y'"),
+                                            ("[float('inf'), 0]", "inf for the response 'x'"), ("None", "TypeError"), ("3", "TypeError"), ("['a', 'b']", "ValueError"),
+                                            ("1 / 0", "ZeroDivisionError"), ("exit(3)", "SystemExit")])
+def test_a_function_that_is_wrong_is_named(returned, says, tmp_path):
+    reward = function(tmp_path, f"def f(prompts, responses):\n    return {returned}\n")
+    with pytest.raises(InputError) as error:
+        reward.score_texts(["p"], [["x", "y"]], [[True, True]])
+    assert says in str(error.value) and "reward.py:f" in str(error.value)
+
+
+def test_tensors_and_generators_are_scores_too(tmp_path):
+    for returned in ("torch.tensor([1.0, 2.0])", "torch.tensor([[1.0], [2.0]])", "(x for x in (1, 2))", "['1', '2']"):
+        reward = function(tmp_path, f"import torch\ndef f(prompts, responses):\n    return {returned}\n")
+        assert reward.score_texts(["p"], [["x", "y"]], [[True, True]]).tolist() == [[1, 2]]
+
+
+def test_what_is_a_function():
+    assert is_function("reward.py:f") and is_function("/a b/c.d/reward.py:score_2")
+    assert not any(map(is_function, ("runs/rm", "reward.py", "reward.py:", "reward.py:a.b", "runs/x.py:f/model", "reward:f")))
