@@ -20,6 +20,7 @@ from nanorlhf.reward import FunctionReward, is_function
 
 SCORE_CLIP = 10.0          # a normalised score beyond this is an outlier of the reward model
 ADAM_EPS = 1e-5
+CRITIC_STEPS = 20          # rollouts in which a critic that starts at 0 may be worse than a constant
 EVAL_PROMPTS = 64          # held-out prompts, one response each, the same draws at every evaluation
 SAMPLE_PROMPTS = 3         # of them, how many are shown
 
@@ -58,7 +59,7 @@ class Config:
     warmup: int = 0                                 # rollouts until the learning rate is reached
     schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
     seed: int = 0                                   # of prompts, draws and minibatches
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32 under bfloat16
     device: str = "auto"                            # cpu, cuda, cuda:1; auto takes CUDA where there is one
     eval_every: int = 20                            # rollouts between evaluations
     save_every: int = 20                            # rollouts between saves
@@ -171,7 +172,7 @@ def describe(rollout, rewards, kl_coef):
             "eos_rate": rollout.ended.double().mean().item(), "distinct": distinct / responses}
 
 
-def complain(numbers, config, log):
+def complain(numbers, config, step, log):
     """Says in words what is wrong when a number shows it."""
     far = abs(numbers["ratio_first"] - 1)
     if config.dtype != "bfloat16" and far > 1e-3:
@@ -180,8 +181,8 @@ def complain(numbers, config, log):
         log.warn(f"KL {numbers['kl']:.2f} below 0: log-probabilities do not belong to the sampled tokens, or too few samples")
     if numbers["eos_rate"] == 0:
         log.warn(f"no response ended within --max_new {config.max_new}: train the supervised policy longer, or allow more tokens")
-    if numbers["value_explained"] < -0.5:
-        log.warn(f"value explained variance {numbers['value_explained']:.2f}: the critic is worse than a constant (normal in the first steps)")
+    if numbers["value_explained"] < 0 and step >= CRITIC_STEPS:
+        log.warn(f"value explained variance {numbers['value_explained']:.2f} below 0: the critic is worse than a constant; try a larger --vf_coef or --lr")
 
 
 def evaluate(policy, reference, tok, reward, prompts, texts, config, device, step, log):
@@ -224,6 +225,8 @@ def main(config):
     else:
         reward.use(config.statistic)
         reward.model.to(device, width).requires_grad_(False)
+        if not reward.moments:
+            Log.warn(f"{config.reward} has no normalisation (its run did not finish): rewards are its raw outputs")
         about = f"{reward.model.trunk.family}, {config.statistic} of {reward.model.score.out_features} outputs, map {reward.map}, " \
                 f"less {reward.mean:.4f}, over {reward.std:.4f}"
     optimizer = optim.adamw(policy, config.lr, ADAM_EPS)
@@ -271,7 +274,7 @@ def main(config):
             kl_coef = ppo.adapt_kl_coef(kl_coef, numbers["kl"], config.kl_target, rollout.scores.numel(), config.kl_horizon)
         seconds, tokens = time.time() - began, sum(row.columns for row in rollout.rows)
         log.step(step, **numbers, tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds, lr=lr)
-        complain(numbers, config, log)
+        complain(numbers, config, step, log)
 
         done = step + 1 == config.steps
         if done or (step + 1) % config.eval_every == 0:
@@ -280,7 +283,7 @@ def main(config):
             checkpoint.save_policy(Path(config.out) / "model", policy, tok)
             checkpoint.save_state(config.out, policy, optimizer, step + 1, kl_coef=kl_coef)
         if stop.asked and not done:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(dist.GO_ON)
     print(f"done: {Path(config.out) / 'model'}")
 
 

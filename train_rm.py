@@ -45,7 +45,7 @@ class Config:
     warmup: int = 10                                # steps until the learning rate is reached
     schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
     seed: int = 0                                   # of weights and order
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32 under bfloat16
     device: str = "auto"                            # cpu, cuda, cuda:1; auto takes CUDA where there is one
     eval_every: int = 50                            # steps between evaluations
     save_every: int = 50                            # steps between saves
@@ -55,9 +55,8 @@ def usable(rows, config):
     """Does this group say anything to this loss?"""
     if config.loss == "classification":
         return [row for row in rows if any(y is not None for y in row.label)]
-    if config.loss == "quantile" and config.quantile_target != "self_mean" and not config.rank_coef:
-        return [row for row in rows if any(row.targets)]
-    return [row for row in rows if len(set(row.place)) > 1]
+    regressed = config.loss == "quantile" and config.quantile_target != "self_mean" and config.quantile_coef
+    return [row for row in rows if len(set(row.place)) > 1 or regressed and any(row.targets)]
 
 
 def counts(rows, config):
@@ -210,7 +209,7 @@ def main(config):
             checkpoint.save_reward_model(Path(config.out) / "model", reward_model)
             checkpoint.save_state(config.out, scorer, optimizer, step + 1)
         if stop.asked and not done:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(dist.GO_ON)
     print(f"done: {Path(config.out) / 'model'}")
 
 

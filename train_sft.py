@@ -35,7 +35,7 @@ class Config:
     warmup: int = 10                                # steps until the learning rate is reached
     schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
     seed: int = 0                                   # of weights, order and samples
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32 under bfloat16
     device: str = "auto"                            # cpu, cuda, cuda:1; auto takes CUDA where there is one
     eval_every: int = 50                            # steps between evaluations
     save_every: int = 50                            # steps between saves
@@ -125,7 +125,7 @@ def main(config):
             checkpoint.save_policy(Path(config.out) / "model", policy, tok)
             checkpoint.save_state(config.out, policy, optimizer, step + 1)
         if stop.asked and not done:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(dist.GO_ON)
     print(f"done: {Path(config.out) / 'model'}")
 
 

@@ -357,7 +357,9 @@ def open_run(config, script):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"--out {out}: exists and is not a run of ours; name another folder")
         return False
-    before = _json(path)
+    before, resumable = _json(path), (out / "state.safetensors").exists()
+    if not resumable and before.get("script") == script:
+        return False                             # it never saved anything: nothing is lost by starting again with other flags
     if before.get("script") != script:
         raise InputError(f"--out {out}: a run of {before.get('script')}, not of {script}")
     old = before.get("flags", {})
@@ -369,7 +371,7 @@ def open_run(config, script):
             other.append(f"--steps {old.get('steps')} is now {flags['steps']} (fewer)")
     if other:
         raise InputError(f"--out {out} was started with other flags: {'; '.join(other)}")
-    return (out / "state.safetensors").exists()
+    return resumable
 
 
 def begin(config, script, parent):

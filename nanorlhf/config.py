@@ -68,7 +68,7 @@ def run(main, cls):
         message, code = f"error: {error}", 2
     except OSError as error:
         message, code = f"error: {error.filename or ''}: {error.strerror or error}; what was saved before is whole", 2
-    except KeyboardInterrupt:
-        message, code = "stopped; the same command goes on from the last save", 130
+    except KeyboardInterrupt as error:
+        message, code = str(error) or "stopped", 130
     print(" ".join(message.splitlines()), file=sys.stderr)        # what a user's function raised may have several lines
     sys.exit(code)

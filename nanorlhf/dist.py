@@ -31,6 +31,9 @@ def setup(device, seed):
     return device
 
 
+GO_ON = "stopped; the same command goes on from the last save"
+
+
 class Stop:
     """Ctrl-C and SIGTERM let the step finish; the loop then saves and leaves. A second Ctrl-C leaves at once."""
 
@@ -41,7 +44,7 @@ class Stop:
 
     def _ask(self, *_):
         if self.asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(GO_ON)
         self.asked = True
 
 

@@ -109,10 +109,13 @@ class RewardModel:
         groups = [Group(p, [Response(t, ended=e) for t, e in zip(texts, ends)], cut=True)
                   for p, texts, ends in zip(prompts, responses, ended)]
         rows, reasons = encode_all(groups, self.tokenizer, self.context)
-        if len(rows) < len(groups):
-            raise InputError(f"the reward model's context of {self.context} tokens is too short: {dict(reasons)}")
+        if reasons:                              # each response by itself, so that how much its prompt loses depends on it alone
+            groups = [Group(group.prompt, [response], cut=True) for group in groups for response in group.responses]
+            rows, reasons = encode_all(groups, self.tokenizer, self.context)
+            if len(rows) < len(groups):
+                raise InputError(f"a response alone fills the reward model's context of {self.context} tokens: allow fewer new tokens")
         self.cut += sum(reasons.values())
-        raw = self.raw(self.outputs(rows)).float().cpu()
+        raw = self.raw(self.outputs(rows)).float().cpu().view(len(prompts), -1)
         return self.normalise(raw) if normalised else raw
 
     def normalise(self, raw):

@@ -114,6 +114,8 @@ def main(config):
     check(config, limit=(0, None), k=(1, None), max_new=(1, None), temperature=(0, None), top_p=(1e-6, 1), max_tokens=(1, None), max_length=(0, None), seed=(0, 2**63 - 1))
     if bool(config.prompt) == bool(config.data):
         raise InputError("give either --prompt or --data")
+    if config.data and config.other or config.prompt and (config.out or config.judge or config.keep):
+        raise InputError("--other goes with --prompt; --out, --judge and --keep go with --data")
     device = dist.setup(config.device, config.seed)
     if config.data:
         policy = checkpoint.load_policy(config.policy).to(device)

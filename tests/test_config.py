@@ -130,7 +130,8 @@ def test_check_bounds():
     (InputError("data.jsonl:3: not JSON"), 2, "error: data.jsonl:3: not JSON"),
     (FloatingPointError("the gradient's norm is nan"), 2, "error: the gradient's norm is nan"),
     (OSError(28, "No space left on device", "runs/x"), 2, "error: runs/x: No space left on device; what was saved before is whole"),
-    (KeyboardInterrupt(), 130, "stopped; the same command goes on from the last save"),
+    (KeyboardInterrupt(), 130, "stopped"),
+    (KeyboardInterrupt("stopped; go on"), 130, "stopped; go on"),
     (None, 0, "")])
 def test_run_ends_with_one_line(error, code, words, monkeypatch, capsys):
     def main(found):

@@ -87,15 +87,19 @@ def test_bos_and_eos(family):
 def test_prompts_that_are_too_long_lose_their_beginning(family):
     model = reward_model(family, context=24)
     tok, long = model.tokenizer, "the wood " * 12 + "the king said"
-    row, short = seen_rows(model, [long, "who?"], [[" glad", " a"], [" b", " b"]], [[True, True], [False, False]])
-    assert model.cut == 1                                                   # the second prompt fits
-    assert len(row.prompt) + max(map(len, row.responses)) == 24             # the longest response fits whole, nothing is wasted
+    prompts, texts, ends = [long, "who?"], [[" glad", " a"], [" b", " b"]], [[True, True], [False, False]]
+    rows = seen_rows(model, prompts, texts, ends)                           # one row a response now
+    assert model.cut == 2 and len(rows) == 4                                # both responses of the first prompt; the second prompt fits
     whole, start = tok.encode_prompt(long), [tok.bos_id] if family == "llama" else []
-    assert row.prompt == start + whole[len(whole) - len(row.prompt) + len(start):]
-    assert [tok.decode(ids) for ids in row.responses] == [" glad", " a"] and tok.decode(short.prompt).strip() == "who?"
-    model.score_texts([long], [[" glad"]], [[True]])
-    assert model.cut == 2
-    with pytest.raises(InputError, match="context of 24 tokens is too short"):
+    for row in rows[:2]:
+        assert row.columns == 24                                            # the response fits whole, nothing is wasted
+        assert row.prompt == start + whole[len(whole) - len(row.prompt) + len(start):]
+    assert [tok.decode(ids) for row in rows for ids in row.responses] == [" glad", " a", " b", " b"]
+    # a score does not depend on its siblings: how much of the prompt is lost follows from the response alone
+    together = model.score_texts(prompts, texts, ends)
+    alone = [model.score_texts([long], [[text]], [[True]])[0, 0] for text in texts[0]]
+    assert together.shape == (2, 2) and torch.allclose(together[0], torch.stack(alone), atol=1e-6)
+    with pytest.raises(InputError, match="fills the reward model's context of 24 tokens"):
         model.score_texts(["a"], [[" glad" * 40]], [[True]])
 
 
