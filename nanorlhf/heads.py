@@ -66,7 +66,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.score = nn.Linear(trunk.width, outputs, bias=False)
-        nn.init.normal_(self.score.weight, std=1 / (trunk.width + 1) ** 0.5)          # outputs of order 1   [Stiennon et al. 2020]
+        nn.init.zeros_(self.score.weight)          # every response starts equal: a pretrained trunk's hidden states may be of any size
 
     def forward(self, batch):
         """Raw outputs (B,K,N); what stands at a response that is not `valid` is meaningless."""
