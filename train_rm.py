@@ -97,6 +97,11 @@ def outputs_of(model, rows, config, device):
     return [found[i] for i in range(len(rows))], total
 
 
+def at_chance(accuracy, pairs):
+    """Could a fair coin do this? 1.96 standard deviations of its share of heads, as if the pairs were independent."""
+    return abs(accuracy - 0.5) <= 1.96 * (0.25 / max(pairs, 1)) ** 0.5
+
+
 def auc(scores, labels):
     """Chance that a good response of any prompt outscores a bad one of any prompt, ties half.  (n,), (n,) bool -> float"""
     good, bad = scores[labels], scores[~labels]
@@ -204,7 +209,9 @@ def main(config):
         if done:
             spread = reward_model.fit(torch.cat(outputs_of(scorer, rows[:FIT_GROUPS], config, device)[0]))
             print(f"normalised over the training mix: raw mean {reward_model.mean:.4f}, raw deviation {spread:.4f}"
-                  + (f" (under {STD_FLOOR}: at chance, this model tells nothing apart)" if spread < STD_FLOOR else ""))
+                  + (f" (under the floor {STD_FLOOR}: rewards will deviate by {spread / STD_FLOOR:.2f}, not by 1)" if spread < STD_FLOOR else ""))
+            if held_rows and at_chance(numbers["eval_accuracy"], numbers["eval_pairs"]):
+                log.warn(f"at chance: {numbers['eval_accuracy']:.3f} of {numbers['eval_pairs']} held-out pairs could be a coin's")
         if done or stop.asked or (step + 1) % config.save_every == 0:
             checkpoint.save_reward_model(Path(config.out) / "model", reward_model)
             checkpoint.save_state(config.out, scorer, optimizer, step + 1)

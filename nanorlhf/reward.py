@@ -18,7 +18,7 @@ MAPS = {                                 # from a raw output to a reward, by the
     "identity": lambda z: z,
     "tanh_half": lambda z: torch.tanh(z / 2),       # classification: 2 sigmoid(z) - 1, in (-1, 1)      [paper A, 3.2]
 }
-STD_FLOOR = 0.1                          # raw outputs that differ by less carry no signal worth a unit of reward
+STD_FLOOR = 0.1                          # a model at chance has a small deviation: dividing by it would make a unit of reward out of noise
 
 
 def statistic(outputs, name):
@@ -91,7 +91,7 @@ class RewardModel:
     def fit(self, outputs):
         """Mean 0 and variance 1 over outputs (n,N) of the training mix, for every statistic, with a floor under the deviation.
 
-        -> the raw deviation of the mean: under the floor, the model tells nothing apart and is at chance
+        -> the raw deviation of the mean: under the floor, rewards will deviate by less than 1
         """
         spread = {}
         for name in statistics(outputs.shape[-1]):

@@ -198,3 +198,11 @@ def test_tensors_and_generators_are_scores_too(tmp_path):
 def test_what_is_a_function():
     assert is_function("reward.py:f") and is_function("/a b/c.d/reward.py:score_2")
     assert not any(map(is_function, ("runs/rm", "reward.py", "reward.py:", "reward.py:a.b", "runs/x.py:f/model", "reward:f")))
+
+
+def test_at_chance_by_hand():
+    # 100 throws of a coin: the share of heads deviates by sqrt(.25 / 100) = .05, so .40 to .60 is a coin's within 1.96 of them (.402, .598)
+    import train_rm
+    assert train_rm.at_chance(0.59, 100) and train_rm.at_chance(0.41, 100) and train_rm.at_chance(0.5, 0)
+    assert not train_rm.at_chance(0.61, 100) and not train_rm.at_chance(0.39, 100)
+    assert not train_rm.at_chance(0.59, 1000)                               # the same share of more pairs is no coin's
