@@ -128,7 +128,7 @@ def update(policy, optimizer, rollout, config, device, step, lr):
     """Clipped PPO: epochs of fresh permutations, each cut into minibatches of whole groups.  -> mean numbers over the minibatches"""
     groups, size, seen, first_ratio = len(rollout.rows), len(rollout.rows) // config.minibatches, [], None
     for epoch in range(config.epochs):
-        shuffled, kls = order(groups, config.seed, step * config.epochs + epoch), []
+        shuffled, kls = order(groups, config.seed, step * config.epochs + epoch, generate.MINIBATCH), []
         for start in range(0, groups, size):
             part = shuffled[start : start + size].tolist()
             numbers = Counter()
@@ -200,7 +200,7 @@ def evaluate(policy, reference, tok, reward, prompts, texts, config, device, ste
 def prompts_of(groups, tok, config, limit):
     """Distinct prompts that leave room for the response.  -> (rows without responses, all texts by index, what was dropped)"""
     distinct = {group.prompt: data.Group(group.prompt, [], group.cut) for group in groups}
-    rows, reasons = encode_all(list(distinct.values()), tok, limit - config.max_new)
+    rows, reasons = encode_all(list(distinct.values()), tok, limit, config.max_new)
     return rows, list(distinct), reasons
 
 
@@ -224,6 +224,7 @@ def main(config):
         about = f"function {config.reward}, taken as it is"
     else:
         reward.use(config.statistic)
+        reward.max_tokens = config.max_tokens
         reward.model.to(device, width).requires_grad_(False)
         if not reward.moments:
             Log.warn(f"{config.reward} has no normalisation (its run did not finish): rewards are its raw outputs")

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from nanorlhf import checkpoint, data, dist, losses, optim
-from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, take
+from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, order, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Scorer
 from nanorlhf.log import Log, header
@@ -163,7 +163,7 @@ def main(config):
     scorer = Scorer(trunk, config.quantiles if config.loss == "quantile" else 1)
     scorer = scorer.to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     optimizer = optim.adamw(scorer, config.lr)
-    reward_model = RewardModel(scorer, tok, "tanh_half" if config.loss == "classification" else "identity")
+    reward_model = RewardModel(scorer, tok, "tanh_half" if config.loss == "classification" else "identity", max_length=limit)
 
     header(f"train_rm: a reward model by {config.loss}",
            model=f"{trunk.family}, {sum(p.numel() for p in scorer.parameters()):,} parameters, {scorer.score.out_features} outputs, {source}",
@@ -207,7 +207,7 @@ def main(config):
             log.evaluation(step, **numbers)
             show(held_rows, outputs, found.held_out, step, log)
         if done:
-            spread = reward_model.fit(torch.cat(outputs_of(scorer, rows[:FIT_GROUPS], config, device)[0]))
+            spread = reward_model.fit(torch.cat(outputs_of(scorer, [rows[i] for i in order(len(rows), config.seed, 0)[:FIT_GROUPS]], config, device)[0]))
             print(f"normalised over the training mix: raw mean {reward_model.mean:.4f}, raw deviation {spread:.4f}"
                   + (f" (under the floor {STD_FLOOR}: rewards will deviate by {spread / STD_FLOOR:.2f}, not by 1)" if spread < STD_FLOOR else ""))
             if held_rows and at_chance(numbers["eval_accuracy"], numbers["eval_pairs"]):

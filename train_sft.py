@@ -73,19 +73,20 @@ def main(config):
     texts = lambda: [group.prompt + response.text for group in found.train for response in group.responses]
     trunk, tok, source = checkpoint.start(config.init, config.tokenizer, texts)
     limit = context_limit(config.max_length, trunk.config.context)
-    with_responses = lambda groups: [group for group in groups if group.responses]
-    rows, reasons = encode_all(with_responses(found.train), tok, limit)
-    held_out = with_responses(found.held_out)
+    train, bad = data.good_responses(found.train)
+    rows, reasons = encode_all(train, tok, limit)
+    reasons["response labelled bad, or not the best placed"] += bad
+    held_out = data.good_responses(found.held_out)[0]
     held_rows = encode_all(held_out, tok, limit)[0][:EVAL_GROUPS]
     if not rows:
-        raise InputError(f"--data {config.data}: no group left to train on ({dict(found.dropped + reasons)})")
+        raise InputError(f"--data {config.data}: no group left to train on ({dict(+(found.dropped + reasons))})")
     policy = Policy(trunk).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     optimizer = optim.adamw(policy, config.lr)
 
     header("train_sft: a supervised policy",
            model=f"{trunk.family}, {sum(p.numel() for p in policy.parameters()):,} parameters, {source}, context {trunk.config.context}",
            data=f"{found.source}: {len(rows)} groups, {sum(len(r.responses) for r in rows)} responses to train on, {len(held_rows)} groups held out",
-           dropped=f"{dict(found.dropped + reasons) or 'nothing'}",
+           dropped=f"{dict(+(found.dropped + reasons)) or 'nothing'}",
            step=f"{config.groups} groups, about {config.groups * sum(r.columns for r in rows) // len(rows)} columns; {config.steps} steps = "
                 f"{config.steps * config.groups / len(rows):.2f} epochs",
            numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "

@@ -28,7 +28,7 @@ class Row:
     prompt: list[int]
     responses: list[list[int]]           # EOS included where the response ended
     index: int = 0
-    place: list[float | None] = field(default_factory=list)
+    place: list[float] = field(default_factory=list)
     label: list[int | None] = field(default_factory=list)
     targets: list[list[float]] = field(default_factory=list)
 
@@ -47,7 +47,7 @@ class Batch:
     predictor: torch.Tensor              # (B,K,R) int64: the column that predicts this token
     last: torch.Tensor                   # (B,K) int64: the column of a response's last token
     valid: torch.Tensor                  # (B,K) bool
-    place: torch.Tensor                  # (B,K) float32; 0 where a response has none
+    place: torch.Tensor                  # (B,K) float32; 0 throughout a group without places
     label: torch.Tensor                  # (B,K) int64: 1, 0, or -1 where a response has none
     targets: torch.Tensor                # (B,K,M) float32
     target_mask: torch.Tensor            # (B,K,M) bool
@@ -73,8 +73,8 @@ def encode(group, tokenizer, index=0, labels="auto", target="label"):
     return row
 
 
-def encode_all(groups, tokenizer, max_length, **how):
-    """Encodes and fits groups into max_length positions.  -> (rows, what was dropped or cut, by reason)
+def encode_all(groups, tokenizer, max_length, new=0, **how):
+    """Encodes and fits groups into max_length positions, with room for `new` tokens.  -> (rows, what was dropped or cut, by reason)
 
     A dialogue's prompt loses its beginning, so that the longest response fits whole; a passage that is too long, or a
     response that alone fills the context, is dropped. The end of a response is never cut.
@@ -82,7 +82,7 @@ def encode_all(groups, tokenizer, max_length, **how):
     rows, reasons = [], Counter()
     for index, group in enumerate(groups):
         row = encode(group, tokenizer, index, **how)
-        room = max_length - max(map(len, row.responses), default=0)
+        room = max_length - max(map(len, row.responses), default=new)
         if room < 1:
             reasons[f"response of {max_length} tokens (--max_length) or more"] += 1
         elif len(row.prompt) <= room:
@@ -99,9 +99,9 @@ def encode_all(groups, tokenizer, max_length, **how):
 
 # --------------------------------------------------------------------------------------------------------- the plan
 
-def order(n, seed, epoch):
-    """A permutation of 0 .. n-1 that depends on seed and epoch alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, SHUFFLE], counter=[0, epoch, 0, 0])).permutation(n)
+def order(n, seed, epoch, purpose=SHUFFLE):
+    """A permutation of 0 .. n-1 that depends on seed, epoch and purpose alone."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, epoch, 0, 0])).permutation(n)
 
 
 def take(n, groups, step, seed):
@@ -160,7 +160,7 @@ def pack_rows(rows):
             predictor[b, k, :n] = [P - 1, *range(start, end - 1)]      # the last prompt token predicts the first token of each
             last[b, k], valid[b, k] = end - 1 if n else P - 1, True        # an empty response ends where the prompt does, not in its neighbour
         for k, value in enumerate(row.place):
-            place[b, k] = value if value is not None else 0
+            place[b, k] = value
         for k, value in enumerate(row.label):
             label[b, k] = value if value is not None else -1
         for k, values in enumerate(row.targets):
@@ -181,15 +181,15 @@ def ahead(rows, plan, device):
             batch = batch.pin_memory().to(device, non_blocking=True)
             copied = stream.record_event()
         if waiting:
-            yield _arrived(*waiting)
+            yield _arrived(*waiting, device)
         waiting = batch, copied
     if waiting:
-        yield _arrived(*waiting)
+        yield _arrived(*waiting, device)
 
 
-def _arrived(batch, copied):
+def _arrived(batch, copied, device):
     """The computing stream waits for the copy, and the allocator learns that this stream uses the tensors too."""
-    current = torch.cuda.current_stream()
+    current = torch.cuda.current_stream(device)
     current.wait_event(copied)
     for f in fields(batch):
         getattr(batch, f.name).record_stream(current)

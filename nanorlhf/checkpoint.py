@@ -189,8 +189,9 @@ def model_folder(path):
     path = Path(path)
     if (path / "model" / "config.json").exists():
         return path / "model"
-    if not path.exists():
-        raise InputError(f"{path}: no such folder, and no size's name ({', '.join(SIZES)})")
+    if not path.is_dir():
+        hint = "a function is named path.py:function" if path.suffix == ".py" else f"sizes of random weights: {', '.join(SIZES)}"
+        raise InputError(f"{path}: no such folder ({hint})")
     if (path / "config.json").exists() and "flags" in _json(path / "config.json"):
         raise InputError(f"{path}: a run that has not saved a model yet")
     return path
@@ -255,28 +256,28 @@ def load_reward_model(path):
     labels = values.get("id2label") or {"0": "", "1": ""}              # transformers' default is two labels
     if not isinstance(labels, dict):
         raise InputError(f"{folder / 'config.json'}: id2label {labels!r:.40} is not an object")
-    reward_map, moments = _normalisation(values, folder / "config.json")
+    reward_map, moments, max_length = _reward_keys(values, folder / "config.json")
     trunk = _empty(family, config, folder / "config.json")
     trunk.lm_head = None
     model, tok = Scorer(trunk, len(labels)), load_tokenizer(folder)
     _check_fit(trunk, tok, folder)
     names = {name: f"trunk.{key}" for name, key in _names(trunk).items()}
     _fill(model, {**names, "score.weight": "score.weight"}, folder)
-    return RewardModel(model, tok, reward_map, moments)
+    return RewardModel(model, tok, reward_map, moments, min(max_length or config.context, config.context))
 
 
-def _normalisation(values, path):
-    """What save_reward_model wrote beside Hugging Face's keys; somebody else's reward model has none.  -> (map, moments)"""
+def _reward_keys(values, path):
+    """What save_reward_model wrote beside Hugging Face's keys; somebody else's reward model has none.  -> (map, moments, max_length)"""
     found = values.get("nanorlhf_reward") or {}
     try:
-        reward_map = found.get("map", "identity")
+        reward_map, max_length = found.get("map", "identity"), found.get("max_length")
         moments = {name: (float(mean), float(std)) for name, (mean, std) in found.get("moments", {}).items()}
-        good = reward_map in MAPS and all(math.isfinite(mean) and 0 < std < math.inf for mean, std in moments.values())
+        good = reward_map in MAPS and (max_length is None or type(max_length) is int and max_length > 0) and all(math.isfinite(mean) and 0 < std < math.inf for mean, std in moments.values())
     except (AttributeError, TypeError, ValueError):
         good = False
     if not good:
         raise InputError(f"{path}: nanorlhf_reward {found!r:.80} is not a map ({', '.join(MAPS)}) with a mean and deviation for each statistic")
-    return reward_map, moments
+    return reward_map, moments, max_length
 
 
 def start(init, tokenizer_folder, texts, head=True):
@@ -344,7 +345,7 @@ def save_reward_model(folder, reward_model):
     labels = [f"LABEL_{i}" for i in range(n)]
     _save_model(folder, model.trunk, reward_model.tokenizer, name, {"score.weight": model.score.weight}, {
         "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
-        "nanorlhf_reward": {"map": reward_model.map, "moments": reward_model.moments}})
+        "nanorlhf_reward": {"map": reward_model.map, "moments": reward_model.moments, "max_length": reward_model.max_length}})
 
 
 # ---------------------------------------------------------------------------------------------------------- a run's state

@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import typing
@@ -66,6 +67,8 @@ def run(main, cls):
         return
     except (InputError, FloatingPointError) as error:
         message, code = f"error: {error}", 2
+    except BrokenPipeError:                      # whoever read our output has left (`| head`): nobody to tell
+        os._exit(1)
     except OSError as error:
         message, code = f"error: {error.filename or ''}: {error.strerror or error}; what was saved before is whole", 2
     except KeyboardInterrupt as error:

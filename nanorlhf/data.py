@@ -278,7 +278,7 @@ def load(path):
 @dataclass
 class Judgement:
     """What the three losses want of one group, a value a response; None where this response is left out of that loss."""
-    place: list[float | None]
+    place: list[float]
     label: list[int | None]
     targets: list[list[float]]           # +1 for each comparison won, -1 for each lost
 
@@ -306,6 +306,18 @@ def judge(responses, labels="auto"):
     for w, l in zip(won, lost):                                  # a response and its ties fill ranks l ... K - w - 1
         label.append(1 if len(place) - w <= half else 0 if l >= half else None)
     return Judgement(place, label, [[1.0] * w + [-1.0] * l for w, l in zip(won, lost)])
+
+
+def good_responses(groups):
+    """What a supervised policy learns from: not label 0, and where places tell responses apart, only the best of them.  -> (groups, how many left out)"""
+    kept, left_out = [], 0
+    for group in groups:
+        best = min((r.place for r in group.responses if r.place is not None), default=None)
+        responses = [r for r in group.responses if (r.label == 1 if r.label is not None else r.place in (None, best))]
+        left_out += len(group.responses) - len(responses)
+        if responses:
+            kept.append(Group(group.prompt, responses, group.cut, group.extra))
+    return kept, left_out
 
 
 def apart(groups):

@@ -11,7 +11,7 @@ import torch
 
 from .batching import micro_batches
 
-ROLLOUT, EVALUATION, SAMPLE = 2, 3, 4    # purposes: streams of random numbers that never meet (1 is batching.SHUFFLE)
+ROLLOUT, EVALUATION, SAMPLE, MINIBATCH = 2, 3, 4, 5    # purposes: streams of random numbers that never meet (1 is batching.SHUFFLE)
 
 
 def uniforms(seed, purpose, step, index, sample, n):

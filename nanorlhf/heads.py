@@ -25,6 +25,12 @@ def columns(hidden, index):
     return hidden[rows, flat].view(*index.shape, hidden.shape[-1])
 
 
+def precise(layer, hidden):
+    """A small head in its weights' own number format, also under autocast: a score of 5.9 has steps of 0.03 in bfloat16, which tie."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return layer(hidden.to(layer.weight.dtype))
+
+
 class Policy(nn.Module):
     """A language model, and for PPO a critic: a linear value head on the policy's own trunk ("only the last layer is new").
 
@@ -54,8 +60,7 @@ class Policy(nn.Module):
         logprobs = back(-F.cross_entropy(logits, batch.responses[batch.mask], reduction="none"))
         values = None
         if self.value_head is not None:
-            values = self.value_head(hidden.detach() if self.detach_value else hidden).squeeze(-1)
-            values = back(values.to(logits.dtype))
+            values = back(precise(self.value_head, hidden.detach() if self.detach_value else hidden).squeeze(-1))
         return PolicyOutput(logprobs, None if entropy is None else back(entropy(logits)), values)
 
 
@@ -71,5 +76,4 @@ class Scorer(nn.Module):
     def forward(self, batch):
         """Raw outputs (B,K,N); what stands at a response that is not `valid` is meaningless."""
         hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch)       # (B,T,D)
-        outputs = self.score(columns(hidden, batch.last))                             # (B,K,N)
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return precise(self.score, columns(hidden, batch.last))                       # (B,K,N)

@@ -37,10 +37,10 @@ def statistic(outputs, name):
 def canonical(name, outputs):
     """One spelling for each statistic of N outputs (cvar by how many are averaged); refuses what does not exist.  -> str"""
     quantile, cvar = re.fullmatch(r"q(\d+)", name), re.fullmatch(r"cvar:(\d*\.?\d+)", name)
-    if not (name == "mean" or quantile and int(quantile[1]) < outputs or cvar and 0 < float(cvar[1]) <= 1):
-        raise InputError(f"--statistic {name}: expected mean, q0 .. q{outputs - 1}, or cvar:A with 0 < A <= 1 (this model has {outputs} outputs)")
     if name != "mean" and outputs == 1:
         raise InputError(f"--statistic {name}: this reward model has one output; only a quantile model has more than its mean")
+    if not (name == "mean" or quantile and int(quantile[1]) < outputs or cvar and 0 < float(cvar[1]) <= 1):
+        raise InputError(f"--statistic {name}: expected mean, q0 .. q{outputs - 1}, or cvar:A with 0 < A <= 1 (this model has {outputs} outputs)")
     return f"cvar:{lowest(cvar[1], outputs) / outputs:.6g}" if cvar else name
 
 
@@ -59,8 +59,10 @@ def statistics(outputs):
 class RewardModel:
     """A `heads.Scorer` with its tokenizer: text in, normalised rewards out. Normalisation is applied here, once."""
 
-    def __init__(self, model, tokenizer, reward_map="identity", moments=None):
+    def __init__(self, model, tokenizer, reward_map="identity", moments=None, max_length=None):
         self.model, self.tokenizer, self.map = model, tokenizer, reward_map
+        self.max_length = max_length or model.trunk.config.context     # what it was trained on: longer texts are new to it
+        self.max_tokens = 8192                   # columns per micro-batch
         self.cut = 0                             # prompts that had to lose their beginning so far
         self.moments = moments or {}             # statistic -> (mean, deviation) over the training mix
         self.use("mean")
@@ -70,15 +72,11 @@ class RewardModel:
         self.statistic = canonical(name, self.model.score.out_features)
         self.mean, self.std = self.moments.get(self.statistic, (0.0, 1.0))
 
-    @property
-    def context(self):
-        return self.model.trunk.config.context
-
     @torch.no_grad()
-    def outputs(self, rows, max_tokens=8192):
+    def outputs(self, rows):
         """Raw outputs for rows (batching.Row) that all have K responses.  -> (B,K,N)"""
         device = next(self.model.parameters()).device
-        plan, parts = micro_batches([row.columns for row in rows], max_tokens), {}
+        plan, parts = micro_batches([row.columns for row in rows], self.max_tokens), {}
         for part in plan:
             raw = self.model(pack_rows([rows[i] for i in part]).to(device))
             parts.update(zip(part, raw))
@@ -108,12 +106,12 @@ class RewardModel:
         """
         groups = [Group(p, [Response(t, ended=e) for t, e in zip(texts, ends)], cut=True)
                   for p, texts, ends in zip(prompts, responses, ended)]
-        rows, reasons = encode_all(groups, self.tokenizer, self.context)
+        rows, reasons = encode_all(groups, self.tokenizer, self.max_length)
         if reasons:                              # each response by itself, so that how much its prompt loses depends on it alone
             groups = [Group(group.prompt, [response], cut=True) for group in groups for response in group.responses]
-            rows, reasons = encode_all(groups, self.tokenizer, self.context)
+            rows, reasons = encode_all(groups, self.tokenizer, self.max_length)
             if len(rows) < len(groups):
-                raise InputError(f"a response alone fills the reward model's context of {self.context} tokens: allow fewer new tokens")
+                raise InputError(f"a response alone fills the reward model's {self.max_length} positions: allow fewer new tokens")
         self.cut += sum(reasons.values())
         raw = self.raw(self.outputs(rows)).float().cpu().view(len(prompts), -1)
         return self.normalise(raw) if normalised else raw

@@ -65,11 +65,12 @@ def draw_distinct(policy, rows, config, device):
     return found
 
 
-def judged(groups, judge):
+def judged(groups, judge, config, device):
     """Adds the judge's score and the places that follow from it (equal scores tie)."""
     for group in groups:
         ended = [response.ended for response in group.responses]
-        scores = judge.score_texts([group.prompt], [[response.text for response in group.responses]], [ended], normalised=False)[0].tolist()
+        with dist.autocast(device, config.dtype):
+            scores = judge.score_texts([group.prompt], [[response.text for response in group.responses]], [ended], normalised=False)[0].tolist()
         for response, score in zip(group.responses, scores):
             response.scores, response.place = [score], sum(other > score for other in scores)
 
@@ -80,6 +81,8 @@ def write(policy, config, device):
     if not config.out or out.exists() or not out.parent.is_dir():
         raise InputError(f"--out {config.out or '(missing)'}: name a file that does not exist yet, in a folder that does")
     judge = config.judge and (FunctionReward(config.judge) if is_function(config.judge) else checkpoint.load_reward_model(config.judge))
+    if config.judge and not is_function(config.judge):
+        judge.model.to(device)
     distinct = {}
     for group in getattr(found, config.split):
         distinct.setdefault(group.prompt, data.Group(group.prompt, [], group.cut, group.extra))
@@ -87,17 +90,17 @@ def write(policy, config, device):
     groups = list(distinct.values())[: config.limit or None]
     bare = [data.Group(group.prompt, [], group.cut) for group in groups]
     limit = context_limit(config.max_length, policy.trunk.config.context)
-    rows, reasons = encode_all(bare, policy.tokenizer, limit - config.max_new)
+    rows, reasons = encode_all(bare, policy.tokenizer, limit, config.max_new)
     if not rows:
         raise InputError(f"--data {config.data}: no prompt left ({dict(reasons) or 'the split is empty'})")
     written = []
     for row, answers in zip(rows, draw_distinct(policy, rows, config, device)):
         group = groups[row.index]
-        own = [data.Response(r.text, label=1, ended=r.ended) for r in group.responses] if config.keep else []
+        own = [data.Response(r.text, label=1 if r.label is None else r.label, ended=r.ended) for r in group.responses] if config.keep else []
         responses = own + [data.Response(text, label=0, ended=ended) for text, ended in answers]
         written.append(data.Group(group.prompt, responses, group.cut, group.extra))
     if judge:
-        judged(written, judge)
+        judged(written, judge, config, device)
     try:
         replace(out, data.write_groups(written))
     except OSError as error:
@@ -122,9 +125,9 @@ def main(config):
         return write(policy, config, device)
     for folder in filter(None, (config.policy, config.other)):
         policy = checkpoint.load_policy(folder).to(device)
-        rows, reasons = encode_all([data.make_group(config.prompt, [])], policy.tokenizer, policy.trunk.config.context - config.max_new)
+        rows, reasons = encode_all([data.make_group(config.prompt, [])], policy.tokenizer, policy.trunk.config.context, config.max_new)
         if not rows:
-            raise InputError(f"--prompt is too long for {folder}: {policy.trunk.config.context} positions, {config.max_new} of them for the response")
+            raise InputError(f"{folder} has {policy.trunk.config.context} positions: --prompt and --max_new {config.max_new} need more")
         print(f"{folder}:")
         for text, ended in draw(policy, rows, config, device)[0]:
             print(f"  {text!r}{'' if ended else '  (cut off)'}")

@@ -493,3 +493,17 @@ def test_judge_takes_the_kind_that_all_have():
     assert judge(mixed).label == [1, 0] and judge(mixed, "place") is None               # one response has no place
     assert judge(mixed, "scores").place == [1, 0] and judge(mixed, "label").place == [0, 1]
     assert judge([]) is None and judge([Response("x")]) is None
+
+
+def test_a_supervised_policy_learns_from_good_responses_alone():
+    group = lambda *responses: data.Group("p", list(responses))
+    r = data.Response
+    groups = [group(r("chosen", place=0, label=1), r("rejected", place=1, label=0)),          # HH: the chosen one
+              group(r("first", place=1), r("second", place=2), r("also first", place=1)),     # ranked: the best place, ties and all
+              group(r("a sample", label=0)),                                                  # nothing good: the group is gone
+              group(r("an expert's", label=1), r("another's", label=1)),
+              group(r("unjudged"), r("unjudged too"))]
+    kept, left_out = data.good_responses(groups)
+    assert [[x.text for x in g.responses] for g in kept] == [["chosen"], ["first", "also first"], ["an expert's", "another's"], ["unjudged", "unjudged too"]]
+    assert left_out == 3                                                                      # rejected, second, a sample
+    assert len(groups[0].responses) == 2                                                      # the data itself is not changed
