@@ -161,6 +161,7 @@ def main(config):
     if config.loss == "quantile" and config.quantile_coef and not counts(rows, config)["targets"]:
         raise InputError(f"--quantile_target {config.quantile_target}: no response of --data {config.data} has any")
     scorer = Scorer(trunk, config.quantiles if config.loss == "quantile" else 1)
+    scorer.draw_head()
     scorer = scorer.to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     optimizer = optim.adamw(scorer, config.lr)
     reward_model = RewardModel(scorer, tok, "tanh_half" if config.loss == "classification" else "identity", max_length=limit)

@@ -146,6 +146,10 @@ class GPT2(nn.Module):
             for projection in (block.attn.c_proj, block.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
+    @property
+    def final_norm(self):
+        return self.ln_f
+
     def new_cache(self, rows, columns):
         return Cache(self.config.n_layer, rows, columns, self.wte.weight.device)
 

@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 
+START = 0.2                # deviation of a new reward head's first scores
+
+
 class PolicyOutput(NamedTuple):
     """All (B,K,R) float, aligned to the predicted token, 0 behind the mask; None where it was not asked for."""
     logprobs: torch.Tensor
@@ -71,7 +74,16 @@ class Scorer(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.score = nn.Linear(trunk.width, outputs, bias=False)
-        nn.init.zeros_(self.score.weight)          # every response starts equal: a pretrained trunk's hidden states may be of any size
+        nn.init.zeros_(self.score.weight)
+
+    def draw_head(self):
+        """Random weights of a new head, so that scores start small whatever the size of the trunk's hidden states.
+
+        Their rms is about that of the last norm's weight (7 in one small LLaMA). A head of order 1 there starts with loud
+        noise; a head of zeros lets the trunk learn nothing at first.
+        """
+        size = self.trunk.final_norm.weight.detach().pow(2).mean().sqrt().clamp(min=1e-6).item()
+        nn.init.normal_(self.score.weight, std=START / (size * self.trunk.width ** 0.5))
 
     def forward(self, batch):
         """Raw outputs (B,K,N); what stands at a response that is not `valid` is meaningless."""

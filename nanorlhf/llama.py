@@ -195,6 +195,10 @@ class Llama(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
+    @property
+    def final_norm(self):
+        return self.norm
+
     def new_cache(self, rows, columns):
         return Cache(self.config.num_hidden_layers, rows, columns, self.embed_tokens.weight.device)
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from nanorlhf import checkpoint, tokenizer
+from nanorlhf import batching, checkpoint, tokenizer
 from nanorlhf.config import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.heads import Scorer
@@ -207,3 +207,19 @@ def test_at_chance_by_hand():
     assert train_rm.at_chance(0.59, 100) and train_rm.at_chance(0.41, 100) and train_rm.at_chance(0.5, 0)
     assert not train_rm.at_chance(0.61, 100) and not train_rm.at_chance(0.39, 100)
     assert not train_rm.at_chance(0.59, 1000)                               # the same share of more pairs is no coin's
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_head_starts_small_whatever_the_size_of_the_hidden_states(family):
+    # hidden states behind a norm of weight w have rms |w|; std .2 / (rms sqrt(D)) over D of them: scores of deviation .2
+    for size in (0.1, 7.0):
+        model = reward_model(family).model
+        torch.nn.init.constant_(model.trunk.final_norm.weight, size)
+        if family == "gpt2":
+            torch.nn.init.zeros_(model.trunk.ln_f.bias)
+        batch = batching.pack_rows([batching.Row([5, 6, 7], [[8, 9], [10]])])
+        found = []
+        for _ in range(300):
+            model.draw_head()
+            found.append(model(batch)[0, 0, 0].item())
+        assert torch.tensor(found).std().item() == pytest.approx(0.2, rel=0.2)      # 300 draws: within 5 standard errors of .2 / sqrt(600)
