@@ -19,15 +19,6 @@ from nanorlhf.llama import Llama, LlamaConfig
 VOCAB, CONTEXT = 37, 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices of 16 columns: a second thread only waits, and on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 LLAMA = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=CONTEXT)
 TRUNKS = {
     "gpt2": lambda: GPT2(GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=16, n_layer=2, n_head=2)),

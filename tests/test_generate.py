@@ -22,15 +22,6 @@ TRUNKS = {
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 3, 4, 5], [1, 1, 4, 6], [5, 3]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices of 16 columns: a second thread only waits, and on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def model_of(name, dtype=torch.float64):
     """Weights large enough that every token matters to every later one."""
     torch.manual_seed(0)

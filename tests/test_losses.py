@@ -4,40 +4,18 @@ import math
 import pytest
 import torch
 
+from garbage import NAN, assert_ignored, gradient, random
 from nanorlhf.data import Response, judge, read_hh
 from nanorlhf.losses import (balanced_weights, classification_loss, quantile_huber_loss, quantile_levels, ranked_pairs,
                              ranking_loss, sft_loss)
 from nanorlhf.reward import MAPS, canonical, statistic
 
-NAN = float("nan")
-GARBAGE = [NAN, float("inf"), -float("inf"), 1e30]
 LN2 = math.log(2)
 
 
 def softplus(x):
     """log(1 + e^x) = - log sigmoid(-x), in Python's float64."""
     return math.log1p(math.exp(-abs(x))) + max(x, 0.0)
-
-
-def gradient(f, x):
-    x = x.clone().requires_grad_()
-    value = f(x)
-    value.backward()
-    return value.detach(), x.grad
-
-
-def assert_ignored(f, x, mask):
-    """Neither value nor gradient of f depend on what stands behind the mask, where the gradient is exactly 0."""
-    value, grad = gradient(f, x.masked_fill(~mask, 0.0))
-    assert value.isfinite() and grad.isfinite().all() and grad[mask].abs().sum() > 0
-    for garbage in GARBAGE:
-        other_value, other_grad = gradient(f, x.masked_fill(~mask, garbage))
-        assert torch.equal(other_value, value), garbage
-        assert torch.equal(other_grad, grad) and (other_grad[~mask] == 0).all(), garbage
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------ sft
