@@ -239,6 +239,7 @@ def main(config):
     held_prompts, held_texts, _ = prompts_of(found.held_out, tok, config, limit)
     if not prompts:
         raise InputError(f"--data {config.data}: no prompt fits {limit} positions with --max_new {config.max_new} ({dict(reasons)})")
+    reward.score_texts([texts[prompts[0].index]], [[" a"]], [[True]])         # a reward that fails should fail before anything is written
 
     header("train_ppo: proximal policy optimisation",
            policy=f"{trunk.family}, {sum(p.numel() for p in policy.parameters()):,} parameters, from {config.policy}; reference: the same, frozen",

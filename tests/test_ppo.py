@@ -8,7 +8,6 @@ from garbage import GARBAGE, NAN, assert_ignored, gradient, random
 from nanorlhf import ppo
 
 
-
 def uneven(*lengths, width):
     """A mask with these response lengths."""
     return torch.arange(width) < torch.tensor(lengths)[:, None]
