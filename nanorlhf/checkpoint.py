@@ -33,7 +33,7 @@ ROPE = {"rope_factor": "factor", "rope_low_freq_factor": "low_freq_factor", "rop
         "rope_original_context": "original_max_position_embeddings"}
 
 
-def _json(path):
+def read_json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def _weight_files(folder):
     if not index.exists():
         other = next((p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))), None)
         raise InputError(f"{folder}: no model.safetensors" + (f" ({other} is pickled and never loaded; convert it to safetensors)" if other else ""))
-    names = _json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise InputError(f"{index}: weight_map {names!r:.40} is not an object")
     for name in names.values():
@@ -192,7 +192,7 @@ def model_folder(path):
     if not path.is_dir():
         hint = "a function is named path.py:function" if path.suffix == ".py" else f"sizes of random weights: {', '.join(SIZES)}"
         raise InputError(f"{path}: no such folder ({hint})")
-    if (path / "config.json").exists() and "flags" in _json(path / "config.json"):
+    if (path / "config.json").exists() and "flags" in read_json(path / "config.json"):
         raise InputError(f"{path}: a run that has not saved a model yet")
     return path
 
@@ -226,7 +226,7 @@ def _empty(family, config, path):
 def load_trunk(path, head=True):
     """Trunk and tokenizer of any GPT-2 or LLaMA folder; head=False leaves a language-model head out.  -> (trunk, tokenizer)"""
     folder = model_folder(path)
-    values = _json(folder / "config.json")
+    values = read_json(folder / "config.json")
     family, config = trunk_config(values, folder / "config.json")
     if "ForSequenceClassification" in str(values.get("architectures")):
         raise InputError(f"{folder}: a reward model; a language model is wanted here")
@@ -249,7 +249,7 @@ def load_policy(path):
 def load_reward_model(path):
     """A RewardModel (tokenizer, map, mean and deviation within), from a run or a model folder."""
     folder = model_folder(path)
-    values = _json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if "ForSequenceClassification" not in str(values.get("architectures")):
         raise InputError(f"{folder}: not a reward model (architectures {values.get('architectures')}); train one with train_rm.py")
     family, config = trunk_config(values, folder / "config.json")
@@ -358,7 +358,7 @@ def open_run(config, script):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"--out {out}: exists and is not a run of ours; name another folder")
         return False
-    before, resumable = _json(path), (out / "state.safetensors").exists()
+    before, resumable = read_json(path), (out / "state.safetensors").exists()
     if not resumable and before.get("script") == script:
         return False                             # it never saved anything: nothing is lost by starting again with other flags
     if before.get("script") != script:
@@ -379,7 +379,7 @@ def begin(config, script, parent):
     """Writes the run's config.json: from here on the folder is a run."""
     out = Path(config.out)
     versions = {name: metadata.version(name) for name in ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")}
-    parent = _json(Path(parent) / "config.json") if (Path(parent) / "config.json").exists() else None
+    parent = read_json(Path(parent) / "config.json") if (Path(parent) / "config.json").exists() else None
     values = {"script": script, "flags": dataclasses.asdict(config), "versions": versions,
               "parent": parent if parent and "flags" in parent else None}
     try:

@@ -1,0 +1,1 @@
+"""The two papers, redone: what is done with the method."""

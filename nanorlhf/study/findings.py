@@ -1,0 +1,342 @@
+"""What the study found: averages over seeds with their spread, the three sentences, the papers' claims and what became of them, the floors.
+
+Sentences and verdicts are chosen by the numbers: they read otherwise when the numbers fall otherwise. A list has one value a seed, None where
+something is missing.
+"""
+import json
+
+import numpy as np
+
+from ..config import InputError
+from .evaluate import COVERAGE_MARGIN, wilson
+from .figures import num
+
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)            # Student's t, 97.5 %, by degrees of freedom from 1
+CORNERS = {("ranking", "places"): "ranking", ("ranking", "labels"): "ranking-on-labels",
+           ("classification", "places"): "classification-on-places", ("classification", "labels"): "classification"}
+ESTIMATORS = ("gaussian", "kde", "histogram")
+
+
+# -------------------------------------------------------------------------------------------------- reading and averaging
+
+def load(out, seeds):
+    """-> (study.json, [results of each seed], [{run: rows of its metrics.jsonl} of each seed])"""
+    study, results, metrics = json.loads((out / "study.json").read_text(encoding="utf-8")), [], []
+    for seed in range(seeds):
+        path = out / f"seed{seed}" / "results.json"
+        if not path.exists():
+            raise InputError(f"{path}: is missing; run the study to its end first")
+        results.append(json.loads(path.read_text(encoding="utf-8")))
+        runs = [f"ppo-{arm}" for arm in results[-1]["ways"]] + ["rm-together", "rm-apart"]
+        files = {run: path.parent / run / "metrics.jsonl" for run in runs}
+        lines = {run: file.read_text(encoding="utf-8").splitlines() if file.exists() else [] for run, file in files.items()}
+        metrics.append({run: [json.loads(line) for line in found] for run, found in lines.items()})
+    return study, results, metrics
+
+
+def get(tree, *path):
+    """tree[path[0]][path[1]]..., None where something is missing."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def each(results, *path):
+    """One value a seed."""
+    return [get(result, *path) for result in results]
+
+
+def there(values):
+    return [value for value in values if value is not None]
+
+
+def mean(values):
+    return float(np.mean(there(values))) if there(values) else None
+
+
+def minus(a, b):
+    """Seed by seed; None where either is missing."""
+    return [None if x is None or y is None else x - y for x, y in zip(a, b)]
+
+
+def interval(values):
+    """95 % interval of the mean over seeds (Student's t), None for one seed: the seeds are the experiment's repetitions.  -> (low, high) or None"""
+    x = np.array(there(values))
+    if len(x) < 2:
+        return None
+    half = (T[len(x) - 2] if len(x) - 2 < len(T) else 1.96 + 2.6 / (len(x) - 1)) * x.std(ddof=1) / len(x) ** 0.5
+    return float(x.mean() - half), float(x.mean() + half)
+
+
+def sign(values):
+    """1 or -1 where the interval over seeds leaves 0 out, else 0; None for one seed, which cannot say."""
+    found = interval(values)
+    return None if found is None else (found[0] > 0) - (found[1] < 0)
+
+
+def estimate(values, digits=2, plus=False):
+    """mean [low, high]"""
+    found = interval(values)
+    return num(mean(values), digits, plus) + (f" [{num(found[0], digits, plus)}, {num(found[1], digits, plus)}]" if found else "")
+
+
+def spread(values, digits=2, plus=False):
+    """mean (least to greatest)"""
+    x = there(values)
+    least, greatest = (num(f(x), digits, plus) if x else "" for f in (min, max))
+    return num(mean(x), digits, plus) + (f" ({least} to {greatest})" if least != greatest else "")
+
+
+def many(n, word="seed"):
+    return f"{n} {word}" + ("" if n == 1 else "s")
+
+
+def count(flags):
+    """How many of the seeds that have the numbers: "4 of 5 seeds"."""
+    x = there(flags)
+    return f"{sum(map(bool, x))} of {many(len(x))}"
+
+
+def gold(results, name):
+    return each(results, "policies", name, "gold")
+
+
+def pooled(results, *path):
+    """A share over all seeds with its Wilson interval, as if pairs were independent.  -> (share, low, high) or Nones"""
+    found = [(x["accuracy"], x["n"]) for x in each(results, *path) if get(x, "accuracy") is not None and x["n"]]
+    n = sum(size for _, size in found)
+    k = sum(share * size for share, size in found)
+    return (k / n, *wilson(k, n)) if n else (None, None, None)
+
+
+def duel(results, pair):
+    """Wins, ties, losses of all seeds together.  -> dict"""
+    found = there(each(results, "wins", pair))
+    total = {name: sum(x[name] for x in found) for name in ("n", "wins", "ties", "losses")}
+    if not total["n"]:
+        return None
+    k = total["wins"] + total["ties"] / 2
+    low, high = wilson(k, total["n"])
+    return {**total, "share": k / total["n"], "low": low, "high": high, "ahead": sum(x["wins"] > x["losses"] for x in found),
+            "behind": sum(x["wins"] < x["losses"] for x in found), "shares": [x["share"] for x in found]}
+
+
+def effects(results):
+    """What ranked places instead of expert-or-sample labels do to the panel's score, averaged over the losses; and the ranking loss instead of
+    classification, averaged over the labels.  -> two lists, one value a seed"""
+    rp, rl, cp, cl = (gold(results, name) for name in CORNERS.values())
+    half = lambda a, b: [None if None in pair else sum(pair) / 2 for pair in zip(a, b)]
+    return half(minus(rp, rl), minus(cp, cl)), half(minus(rp, cp), minus(rl, cl))
+
+
+def moved(results, arm):
+    """Entropy of an arm's policy less that of the supervised one, on held-out passages."""
+    return minus(each(results, "policies", arm, "entropy"), each(results, "policies", "sft", "entropy"))
+
+
+# -------------------------------------------------------------------------------------------------- the three sentences
+
+def sentence_wins(results):
+    """Which reward makes the better policy?  -> (what is said first, in bold; the numbers)"""
+    x = duel(results, "ranking : classification")
+    if not x:
+        return "The panel compared nothing", "."
+    above, below, n, seeds = x["low"] > 0.5, x["high"] < 0.5, x["n"], len(x["shares"])
+    lead = "PPO on the ranking reward is preferred to PPO on the classification reward" if above else \
+        "PPO on the classification reward is preferred to PPO on the ranking reward" if below else \
+        "The panel cannot tell PPO on the ranking reward from PPO on the classification reward"
+    split = above and x["ahead"] < seeds or below and x["behind"] < seeds
+    lead += " in the only seed" if seeds == 1 else ", though not in every seed" if split else ""
+
+    def score(arm):
+        return f"{num(mean(gold(results, arm)))} for {arm} ({estimate(minus(gold(results, arm), gold(results, 'sft')), plus=True)} against SFT)"
+
+    return lead, (f": ranking wins {x['wins'] / n:.0%}, ties {x['ties'] / n:.0%} and loses {x['losses'] / n:.0%} of {n:,} comparisons (wins + ties / "
+                  f"2: {x['share']:.1%}, 95 % interval over comparisons {x['low']:.1%} to {x['high']:.1%}), it is ahead in {x['ahead']} of "
+                  f"{many(seeds)}, and the panel's mean score is {score('ranking')} and {score('classification')}.")
+
+
+def sentence_why(results):
+    """Loss or labels? Is classification at chance? Does its entropy rise?"""
+    labels, loss = effects(results)
+    known, a, b = None not in (mean(labels), mean(loss)), sign(labels), sign(loss)
+    more = "labels" if known and abs(mean(labels)) >= abs(mean(loss)) else "loss"
+    lead = "The four corners of loss and labels are not all there" if not known else \
+        f"One seed cannot tell loss from labels; here the {more} moved the score more" if a is None else \
+        f"Both labels and loss matter, the {more} more" if a and b else \
+        "It is the labels, not the loss, that move the score" if a else \
+        "It is the loss, not the labels, that moves the score" if b else "Neither labels nor loss alone move the score by more than the seeds differ"
+    percent = lambda x: "–" if x is None else f"{x:.1%}"
+    (share, low, high), theirs = pooled(results, "rewards", "classification", "ranked"), pooled(results, "rewards", "ranking", "ranked")[0]
+    coin = "" if share is None else ", which a coin could do" if low <= 0.5 <= high else ", better than a coin" if low > 0.5 else ", worse than a coin"
+    entropy = moved(results, "classification")
+    word = {1: "rises", -1: "falls", 0: "neither rises nor falls by more than the seeds differ", None: "rises" if (mean(entropy) or 0) > 0 else "does "
+            "not rise"}[sign(entropy)]
+    return lead, (f": the panel's places instead of expert-or-sample labels change it by {estimate(labels, plus=True)}, the ranking loss instead of "
+                  f"classification by {estimate(loss, plus=True)}; the classification model orders {percent(share)} [{percent(low)}, "
+                  f"{percent(high)}] of the panel's pairs right{coin}, the ranking model {percent(theirs)}; classification's policy entropy {word} "
+                  f"({estimate(entropy, plus=True)} nats a token against SFT, up in {count([x and x > 0 for x in entropy])}; ranking's "
+                  f"{estimate(moved(results, 'ranking'), plus=True)}).")
+
+
+def against(results, *path):
+    """The quantile model's number less the scalar one's, seed by seed."""
+    return minus(each(results, "rewards", "quantile", "pairs", *path), each(results, "rewards", "scalar", "pairs", *path))
+
+
+def sentence_quantile(results):
+    """Does the quantile reward discriminate better, or only look so?"""
+    accuracy, raw = against(results, "accuracy"), mean(against(results, "kl", "histogram_raw"))
+    kl = [against(results, "kl", name) for name in ESTIMATORS]
+    larger, surely = sum((mean(x) or 0) > 0 for x in kl), sum(sign(x) == 1 for x in kl)
+    lead = {None: "One seed cannot say whether the quantile reward discriminates better than the scalar one",
+            1: "The quantile reward discriminates better than the scalar one",
+            -1: "The quantile reward discriminates worse than the scalar one" + (", though its KL looks better" if surely > 1 else ""),
+            0: "The quantile reward only looks more discriminating than the scalar one" if surely > 1 else
+               "The seeds show no difference in how well quantile and scalar reward tell chosen from rejected"}[sign(accuracy)]
+    both = lambda *path: " against ".join(num(mean(each(results, "rewards", name, "pairs", *path)), 3) for name in ("quantile", "scalar"))
+    ok = [sum(row["ok"] or 0 for row in rows) for rows in there(each(results, "rewards", "scores", "pairs", "quantiles", "coverage", "quantiles"))]
+    before, after = (mean(each(results, "rewards", "self_mean", *path, "within_deviation")) for path in (("before",), ("pairs", "quantiles")))
+    spread = "–" if not before or after is None else "collapses" if after < before / 10 else "shrinks" if after < before / 2 else "does not collapse"
+    return lead, (f": accuracy {both('accuracy')} (difference {estimate(accuracy, 3, True)}), AUC {both('auc')}, calibration error "
+                  f"{both('calibration', 'ece')}, while its KL is larger by {larger} of 3 estimators (Gaussian {both('kl', 'gaussian')}, KDE "
+                  f"{both('kl', 'kde')}, smoothed histogram {both('kl', 'histogram')}) and {'larger' if (raw or 0) > 0 else 'not larger'} by the raw "
+                  f"50-bin one; trained on the panel's opinions, {f'{mean(ok):.3g}' if ok else '–'} of 10 quantiles cover their level within "
+                  f"{COVERAGE_MARGIN}; with its own mean as the target the ten outputs' spread {spread} ({num(before, 3)} before, {num(after, 3)} "
+                  "after).")
+
+
+# -------------------------------------------------------------------------------------------------- claims and floors
+
+def verdict(values, up="yes", down="no, the opposite", level="no difference beyond the spread over seeds"):
+    """Words for the sign of a mean over seeds."""
+    return "–" if not there(values) else {None: "one seed cannot say", 1: up, -1: down, 0: level}[sign(values)]
+
+
+def tenth(rows, name, last):
+    """Mean over the last (or first) tenth of a run's steps."""
+    x = there([row[name] for row in rows if name in row])
+    part = max(1, len(x) // 10)
+    return mean(x[-part:] if last else x[:part])
+
+
+def own_reward(metrics, arm, last=True):
+    """The arm's own normalised reward in the last (first) tenth of its steps, one value a seed."""
+    return [tenth(runs.get(f"ppo-{arm}", []), "score_normalised", last) for runs in metrics]
+
+
+def passes(metrics):
+    """Held-out loss and accuracy with pairs together and apart: in all its steps apart makes one pass over the pairs, together six.  -> rows"""
+    found = []
+    for seed, runs in enumerate(metrics):
+        for mode, total in (("together", 6), ("apart", 1)):
+            rows = [row for row in runs.get(f"rm-{mode}", []) if "eval_loss" in row]
+            for row in rows:
+                done = total * (row["step"] + 1) / max(rows[-1]["step"] + 1, 1)
+                found.append({"name": mode, "seed": seed, "updates": row["step"] + 1, "passes": round(done, 3), "eval_loss": row["eval_loss"],
+                              "eval_accuracy": row.get("eval_accuracy")})
+    return found
+
+
+def at_pass(rows, seeds, mode, done):
+    """The held-out loss of a mode at (or next to) so many passes, one value a seed."""
+    runs = [[row for row in rows if row["name"] == mode and row["seed"] == seed] for seed in range(seeds)]
+    return [min(run, key=lambda row: abs(row["passes"] - done))["eval_loss"] if run else None for run in runs]
+
+
+def overfits(rows, seeds, mode):
+    """By how much the held-out loss ends above its least, one value a seed."""
+    runs = [[row["eval_loss"] for row in rows if row["name"] == mode and row["seed"] == seed] for seed in range(seeds)]
+    return [None if not there(run) or run[-1] is None else run[-1] - min(there(run)) for run in runs]
+
+
+def at_equal_kl(results, a, b):
+    """Score of a less score of b at the greatest KL that both ways reached, on straight lines from the supervised policy (KL 0) through their points."""
+    found, has = [], lambda x: x.get("kl") is not None and x.get("gold") is not None
+    for result in results:
+        start = {"kl": 0.0, "gold": get(result, "policies", "sft", "gold")}
+        one, other = (sorted((x["kl"], x["gold"]) for x in [start, *(get(result, "ways", arm) or [])] if has(x)) for arm in (a, b))
+        high = min(one[-1][0], other[-1][0]) if one and other else 0
+        found.append(float(np.interp(high, *zip(*one)) - np.interp(high, *zip(*other))) if high > 0 else None)
+    return found
+
+
+def claim(what, paper, found, verdict):
+    return {"claim": what, "the paper": paper, "found here": found, "verdict": verdict}
+
+
+def claims_a(results, metrics):
+    """Paper A's claims.  -> rows"""
+    x, (labels, loss), n, plus = duel(results, "ranking : classification"), effects(results), len(results), {"plus": True}
+    gain, other = (minus(own_reward(metrics, arm), own_reward(metrics, arm, last=False)) for arm in ("classification", "ranking"))
+    entropy, rows = moved(results, "classification"), passes(metrics)
+    loss_at = lambda mode, done: spread(at_pass(rows, n, mode, done), 3)
+    apart, together = (overfits(rows, n, mode) for mode in ("apart", "together"))
+    shares = ", ".join(f"{share:.0%}" for share in there(x["shares"])) if x else ""
+    preferred = "–" if not x else "yes" if x["low"] > 0.5 else "no, the opposite" if x["high"] < 0.5 else "cannot be told"
+    says = lambda values: "–" if mean(values) is None else "overfits" if mean(values) > 0.01 else "does not overfit"
+    return [
+        claim("A: the policy trained on the ranking reward is preferred", "preferred by ChatGPT (figure 2, no number in the text)",
+              f"wins + ties / 2: {x['share']:.1%} [{x['low']:.1%}, {x['high']:.1%}]; seeds {shares}" if x else "–",
+              f"{preferred}; ahead in {x['ahead']} of {many(n)}" if x else "–"),
+        claim("A: the classification reward stays low during PPO", "low throughout (figure 3)",
+              f"rise of each run's own normalised reward, first to last tenth: classification {spread(gain, **plus)}, ranking "
+              f"{spread(other, **plus)} (deviations of its own training mix: not comparable with each other)",
+              verdict(gain, "no: it rises", "yes: it even falls", "yes: no rise beyond the spread over seeds")),
+        claim("A: its policy's entropy rises", "rises (figure 4)",
+              f"{spread(entropy, **plus)} nats a token against SFT, on held-out passages; up in {count([e and e > 0 for e in entropy])}",
+              verdict(entropy, "yes", "no: it falls", "cannot be told from the spread over seeds")),
+        claim("A: the loss makes the difference", "changes loss and labels at once", f"panel's score: loss {spread(loss, **plus)}, labels "
+              f"{spread(labels, **plus)}",
+              f"loss: {verdict(loss, 'ranking is better', 'ranking is worse')}; labels: "
+              f"{verdict(labels, 'ranked places are better', 'ranked places are worse')}"),
+        claim("A: six pairs of a prompt in different minibatches overfit within an epoch, together they do not", "stated, no number",
+              f"held-out loss after one pass: apart {loss_at('apart', 1)}, together {loss_at('together', 1)}; after equal updates: together "
+              f"{loss_at('together', 6)} (six passes). End above the least loss: apart {spread(apart, 3)}, together {spread(together, 3)}",
+              f"apart {says(apart)} in its one pass, together {says(together)} in six (mean end more than 0.01 above its least)"),
+    ]
+
+
+def claims_b(results, metrics):
+    """Paper B's claims, its future work, and over-optimisation.  -> rows"""
+    pick = lambda name, *path: spread(each(results, "rewards", name, "pairs", *path), 3)
+    versus = lambda *path: f"{pick('quantile', *path)} against {pick('scalar', *path)}"
+    cvar = at_equal_kl(results, "quantile-cvar", "quantile")
+    per = each(results, "rewards", "quantile", "pairs", "quantiles", "per_quantile", "quantiles")
+    low, high = ([mean(sum((get(r, "rewards", "quantile", "values", name) or {}).values(), [])) for r in results] for name in ("q0", "q9"))
+    more = minus(own_reward(metrics, "ranking-loose"), own_reward(metrics, "ranking"))
+    score = minus(gold(results, "ranking-loose"), gold(results, "ranking"))
+    return [
+        claim("B: the quantile model discriminates better (KL of chosen to rejected)", "KL 4.914 → 6.779 (helpful), 6.833 → 7.291 (harmless)",
+              f"quantile against scalar: KL raw 50 bins {versus('kl', 'histogram_raw')}, Gaussian {versus('kl', 'gaussian')}; accuracy "
+              f"{versus('accuracy')}, AUC {versus('auc')}, calibration error {versus('calibration', 'ece')}",
+              f"KL (Gaussian): {verdict(against(results, 'kl', 'gaussian'), 'larger', 'smaller')}; accuracy: "
+              f"{verdict(against(results, 'accuracy'), 'higher', 'lower')}"),
+        claim("B: quantile 0 is pessimistic, quantile 9 optimistic", "distributions shifted left and right (figure 3)",
+              f"mean over held-out responses {spread(low)} and {spread(high)}; accuracy "
+              + " and ".join(spread([get(rows[i], "accuracy") if rows else None for rows in per], 3) for i in (0, -1)),
+              "by construction: outputs are read sorted. Whether it means anything is coverage and accuracy, below"),
+        claim("B, future work: pessimistic PPO (the mean of the lowest three quantiles) on the quantile reward", "not done",
+              f"panel's score less that of PPO on the mean, at equal KL: {spread(cvar, plus=True)}", verdict(cvar, "pessimism helps", "pessimism harms")),
+        claim("Over-optimisation: with a tenth of the KL penalty PPO gains reward and loses quality", "not in the papers",
+              f"less the same arm with the full penalty: its own reward {spread(more, plus=True)} (one reward model), panel's score "
+              f"{spread(score, plus=True)}; KL {spread(each(results, 'policies', 'ranking-loose', 'kl'))} against "
+              f"{spread(each(results, 'policies', 'ranking', 'kl'))}",
+              f"its own reward: {verdict(more, 'higher', 'lower')}; panel: {verdict(score, 'higher', 'lower')}"),
+    ]
+
+
+def floors(results):
+    """What must hold before any of this means something.  -> rows"""
+    above = lambda a, b: minus(gold(results, a), gold(results, b))
+    tests = [("experts above SFT, by the panel", above("experts", "sft"), 0),
+             ("SFT above the control that read another passage", above("sft", "control"), 0),
+             ("ranking reward model: accuracy on the panel's pairs at least .65", each(results, "rewards", "ranking", "ranked", "accuracy"), 0.65),
+             ("PPO on the judge above PPO on ranking", above("judge", "ranking"), 0), ("PPO on ranking above SFT", above("ranking", "sft"), 0)]
+    found = []
+    for what, values, least in tests:
+        held = [x >= least if least else x > 0 for x in there(values)]
+        word = "–" if not held else "yes" if all(held) else "not always" if any(held) else "no"
+        found.append({"floor": what, **{f"seed {r['seed']}": x for r, x in zip(results, values)}, "mean": mean(values), "holds": f"{word}: "
+                      f"{count(held)}"})
+    return found
