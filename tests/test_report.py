@@ -12,9 +12,9 @@ pytest.importorskip("matplotlib")
 from nanorlhf.config import InputError
 from nanorlhf.study import figures, findings, report, world
 
-ARMS = ("ranking", "classification", "judge", "quantile", "classification-raw", "ranking-on-labels", "classification-on-places", "quantile-cvar", "ranking-loose")
-GOLD = {"experts": 1.9, "sft": 0.9, "control": -0.6, "ranking": 1.4, "classification": 0.8, "judge": 1.8, "quantile": 1.5, "classification-raw": 1.0, "ranking-on-labels": 0.9,
-        "classification-on-places": 1.3, "quantile-cvar": 1.2, "ranking-loose": 0.7}
+ARMS = ("ranking", "classification", "judge", "scores-mean", "classification-raw", "ranking-on-labels", "classification-on-places", "scores-cvar", "ranking-loose")
+GOLD = {"experts": 1.9, "sft": 0.9, "control": -0.6, "ranking": 1.4, "classification": 0.8, "judge": 1.8, "scores-mean": 1.5, "classification-raw": 1.0, "ranking-on-labels": 0.9,
+        "classification-on-places": 1.3, "scores-cvar": 1.2, "ranking-loose": 0.7}
 EVIL = '<script>alert(1)</script>"&\''
 
 
@@ -54,6 +54,7 @@ def made_up(seed, wins=(60, 20, 20), accuracy=(0.7, 0.7), kl=(0.4, 0.2)):
     rewards["label"]["closed_form"] = {"bins": [{"n": 10, "won": 0.1 * i, "outputs": [0.0] * 10, "closed": [0.1] * 10} for i in range(10)], "mean_deviation": 0.1, "max_deviation": 0.1}
     text = {"prompt": "The fox was glad. " + EVIL, "responses": {name: {"text": f" {EVIL} {name}", "gold": 1.0} for name in ("experts", "sft", *ARMS)}}
     return {"seed": seed, "policies": {name: policy(name, shift) for name in GOLD}, "ways": ways, "rewards": rewards, "texts": [text] * 2, "pairs": {"n": 100, "panel_agrees": 0.95},
+            "passes_a_step": {"together": 1.0, "apart": 0.1},
             "wins": {"ranking : classification": duel(*wins), "ranking : sft": duel(50, 25, 25)},
             "row": {"words": ["The", EVIL, "Who", "?", "Why", "_"], "branch": [0, 0, 1, 1, 2, -1], "positions": [0, 1, 2, 3, 2, 0]}}
 
@@ -105,8 +106,8 @@ def test_sentences_carry_the_numbers(study):
     # 180 wins, 60 ties, 60 losses of 300: 60 %, 20 %, 20 %, share (180 + 30) / 300 = 70 %;  ranking is 1.4 - 0.9 above SFT in every seed
     for part in ("60%", "20%", "300", "70.0%", "3 of 3 seeds", "1.41 for ranking (+0.50 [+0.50, +0.50]", "0.81 for classification (−0.10"):
         assert part in first, (part, first)
-    # labels: (1.4 - 0.9 + 1.3 - 0.8) / 2 = .5;  loss: (1.4 - 1.3 + 0.9 - 0.8) / 2 = .1;  1,530 of 3,000 pairs: 49.2 % to 52.8 %
-    for part in ("labels change it by +0.50", "classification by +0.10", "51.0% [49.2%, 52.8%]", "which a coin could do", "75.0%", "entropy rises (+0.10"):
+    # labels: (1.4 - 0.9 + 1.3 - 0.8) / 2 = .5;  loss: (1.4 - 1.3 + 0.9 - 0.8) / 2 = .1;  three seeds at .51 leave the coin's .5 outside
+    for part in ("labels change it by +0.50", "classification by +0.10", "orders 0.51 [0.51, 0.51]", "better than a coin", "0.75 [0.75, 0.75]", "entropy rises (+0.10"):
         assert part in second, (part, second)
     for part in ("accuracy 0.710 against 0.710", "3 of 3 estimators", "Gaussian 0.410 against 0.210", "9 of 10 quantiles", "collapses (0.200 before, 0.010 after)"):
         assert part in third, (part, third)
@@ -118,13 +119,15 @@ def test_sentences_follow_the_numbers():
     lead = lambda wins, seeds=2: findings.sentence_wins([made_up(i, wins=w) for i, w in enumerate([wins] * seeds if isinstance(wins, tuple) else wins)])[0]
     assert lead((60, 20, 20)).startswith("PPO on the ranking reward is preferred to")
     assert lead((20, 20, 60)).startswith("PPO on the classification reward is preferred to")
-    assert lead((40, 20, 40)).startswith("The panel cannot tell")
-    assert lead([(90, 5, 5), (30, 30, 40)]).endswith("though not in every seed")
+    assert lead((40, 20, 40)).startswith("The seeds do not tell")
+    assert lead([(90, 5, 5), (30, 30, 40)]).startswith("The seeds do not tell")          # 1,200 comparisons more would not make two seeds agree
+    # share - 1/2 is .2 and .425: the interval over two seeds, .31 +- 12.71 x .16 / 1.41, holds 0
+    assert lead([(60, 20, 20), (90, 5, 5)]).endswith("in every seed, but so few do not settle it")
     assert "only seed" in lead((60, 20, 20), 1)
     third = lambda *accuracies, kl=(0.4, 0.2): findings.sentence_quantile([made_up(i, accuracy=a, kl=kl) for i, a in enumerate(accuracies)])[0]
     assert third((0.8, 0.7), (0.81, 0.7), (0.8, 0.71)).endswith("discriminates better than the scalar one")
     assert "discriminates worse" in third((0.7, 0.8), (0.7, 0.81), (0.71, 0.8))
-    assert "only looks" in third((0.7, 0.72), (0.72, 0.7), (0.7, 0.7))
+    assert "cannot be told apart" in third((0.7, 0.72), (0.72, 0.7), (0.7, 0.7))
     assert "no difference" in third((0.7, 0.72), (0.72, 0.7), (0.7, 0.7), kl=(0.2, 0.2))
     assert third((0.9, 0.7)).startswith("One seed cannot say")
 
@@ -136,9 +139,9 @@ def test_loss_or_labels_follows_the_numbers():
             for arm, gold in moved.items():
                 result["policies"][arm.replace("_", "-")]["gold"] = gold + 0.01 * seed * (arm == "ranking")
         return findings.sentence_why(found)[0]
-    assert lead(ranking=1.5, ranking_on_labels=0.8, classification_on_places=1.5, classification=0.8).startswith("It is the labels")
-    assert lead(ranking=1.5, ranking_on_labels=1.5, classification_on_places=0.8, classification=0.8).startswith("It is the loss")
-    assert lead(ranking=1.8, ranking_on_labels=1.0, classification_on_places=1.5, classification=0.7).startswith("Both labels and loss matter, the labels more")
+    assert lead(ranking=1.5, ranking_on_labels=0.8, classification_on_places=1.5, classification=0.8).startswith("The labels move the score; what the loss does cannot")
+    assert lead(ranking=1.5, ranking_on_labels=1.5, classification_on_places=0.8, classification=0.8).startswith("The loss moves the score; what the labels do cannot")
+    assert lead(ranking=1.8, ranking_on_labels=1.0, classification_on_places=1.5, classification=0.7).startswith("Both labels and loss move the score, the labels more")
     assert lead(ranking=1.0, ranking_on_labels=1.0, classification_on_places=1.0, classification=1.0).startswith("Neither")
 
 

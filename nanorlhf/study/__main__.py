@@ -1,6 +1,6 @@
 """Both papers, from an invented world to a page: ranking against classification rewards (A), quantile rewards (B).
 
-    python -m nanorlhf.study                     two seeds, about five minutes on two cores
+    python -m nanorlhf.study                     two seeds, about six minutes on two cores
     python -m nanorlhf.study --scale full        five seeds, a larger world, hours
 
 The same command again goes on where it was. Stages run side by side, one thread each: small models are faster that way.
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -155,30 +155,32 @@ def main(config):
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError('the page is drawn with matplotlib, which is missing: pip install -c constraints.txt -e ".[plot]"')
     from .stages import SCALES
-    scale, out = SCALES[config.scale], Path(config.out or f"runs/study-{config.scale}")
-    seeds, path = config.seeds or scale.seeds, out / "study.json"
-    state = {"scale": config.scale, "seconds": 0.0, "stages": {}}
+    scale, out = SCALES[config.scale], Path(os.path.abspath(config.out or f"runs/study-{config.scale}"))        # runs record where they lie
+    seeds, path, sizes = config.seeds or scale.seeds, out / "study.json", json.loads(json.dumps(asdict(scale)))
+    if out.exists() and not path.exists() and any(other.name != "lock" for other in out.iterdir()):
+        raise InputError(f"--out {out}: exists and is not a study; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "w")               # goes with the process, however it ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {out}: another study is at work there; wait for it, or stop it") from None
+    state = {"scale": config.scale, "sizes": sizes, "seconds": 0.0, "stages": {}}
     if path.exists():
         state = {**state, **read_json(path)}
-        if state.get("scale") != config.scale:
-            raise InputError(f"--out {out}: holds a study of scale {state.get('scale')}, not {config.scale}; name another folder")
-    elif out.exists() and any(path.name != "lock" for path in out.iterdir()):
-        raise InputError(f"--out {out}: exists and is not a study; name another folder")
+        if not isinstance(state["stages"], dict) or not isinstance(state["seconds"], (int, float)):
+            raise InputError(f"{path}: damaged; name another --out")
+        if state["scale"] != config.scale or state["sizes"] != sizes:
+            raise InputError(f"--out {out}: holds a study of scale {state['scale']} with sizes {state['sizes']}, not {config.scale} with {sizes}; name another folder")
     stages, began, before = plan(seeds), time.time(), state["seconds"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(config.workers or min(cores, 16), len(stages))         # 0.6 GiB each
-    out.mkdir(parents=True, exist_ok=True)
     header(f"study: both papers, scale {config.scale}", seeds=f"{seeds}", stages=f"{len(stages)}, {len(state['stages'])} done before", folder=f"{out}",
            workers=f"{count} processes of one thread")
 
     def record(done):
         replace(path, (json.dumps({**state, "seeds": seeds, "workers": count, "seconds": before + time.time() - began, "stages": done}, indent=1) + "\n").encode())
 
-    lock = open(out / "lock", "w")               # goes with the process, however it ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"--out {out}: another study is at work there; wait for it, or stop it") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if any(stage.name not in state["stages"] for stage in stages):
         record(state["stages"])

@@ -18,14 +18,14 @@ from matplotlib.patches import Polygon
 INK = "#010203"
 # Colour is the reward's kind, shade and dash its variant: blue ranking, orange classification, purple quantile, green the judge itself.
 COLOURS = {"ranking": "#2f7fd6", "ranking-on-labels": "#58b4ea", "ranking-loose": "#5b6fe0", "classification": "#dd6b10",
-           "classification-raw": "#c98f00", "classification-on-places": "#e5695f", "judge": "#12996b", "quantile": "#a855c7",
-           "quantile-cvar": "#d05f9e", "sft": "#878d96", "experts": "#12996b", "control": "#878d96",
-           "scalar": "#2f7fd6", "label": "#c98f00", "scores": "#12996b", "self_mean": "#dd6b10", "self_mean, before": "#878d96",
+           "classification-raw": "#c98f00", "classification-on-places": "#e5695f", "judge": "#12996b", "scores-mean": "#a855c7",
+           "scores-cvar": "#d05f9e", "sft": "#878d96", "experts": "#12996b", "control": "#878d96",
+           "scalar": "#2f7fd6", "quantile": "#a855c7", "label": "#c98f00", "scores": "#12996b", "self_mean": "#dd6b10", "self_mean, before": "#878d96",
            "chosen": "#2f7fd6", "rejected": "#dd6b10", "together": "#2f7fd6", "apart": "#dd6b10", "win": "#2f7fd6", "loss": "#dd6b10",
            "why": "#2f7fd6", "feel": "#a855c7", "who": "#12996b", "what": "#58b4ea", "where": "#c98f00", "ill formed": "#878d96"}
 BRANCHES = ("#878d96", "#2f7fd6", "#dd6b10", "#12996b", "#a855c7")
-DASHES = {"ranking-on-labels": "--", "ranking-loose": ":", "classification-raw": ":", "classification-on-places": "--", "quantile-cvar": "--"}
-MARKS = {"ranking-on-labels": "s", "ranking-loose": "D", "classification-raw": "D", "classification-on-places": "s", "quantile-cvar": "s",
+DASHES = {"ranking-on-labels": "--", "ranking-loose": ":", "classification-raw": ":", "classification-on-places": "--", "scores-cvar": "--"}
+MARKS = {"ranking-on-labels": "s", "ranking-loose": "D", "classification-raw": "D", "classification-on-places": "s", "scores-cvar": "s",
          "label": "s", "scores": "D", "self_mean": "^"}
 STYLE = {"font.size": 12, "font.family": "DejaVu Sans", "svg.fonttype": "none", "svg.hashsalt": "nanorlhf",
          "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.axisbelow": True,

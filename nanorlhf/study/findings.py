@@ -101,14 +101,6 @@ def gold(results, name):
     return each(results, "policies", name, "gold")
 
 
-def pooled(results, *path):
-    """A share over all seeds with its Wilson interval, as if pairs were independent.  -> (share, low, high) or Nones"""
-    found = [(x["accuracy"], x["n"]) for x in each(results, *path) if get(x, "accuracy") is not None and x["n"]]
-    n = sum(size for _, size in found)
-    k = sum(share * size for share, size in found)
-    return (k / n, *wilson(k, n)) if n else (None, None, None)
-
-
 def duel(results, pair):
     """Wins, ties, losses of all seeds together.  -> dict"""
     found = there(each(results, "wins", pair))
@@ -118,7 +110,8 @@ def duel(results, pair):
     k = total["wins"] + total["ties"] / 2
     low, high = wilson(k, total["n"])
     return {**total, "share": k / total["n"], "low": low, "high": high, "ahead": sum(x["wins"] > x["losses"] for x in found),
-            "behind": sum(x["wins"] < x["losses"] for x in found), "shares": [x["share"] for x in found]}
+            "behind": sum(x["wins"] < x["losses"] for x in found), "shares": [x["wins"] / x["n"] + x["ties"] / x["n"] / 2 for x in found],
+            "side": sign([(x["wins"] - x["losses"]) / x["n"] for x in found])}
 
 
 def effects(results):
@@ -141,12 +134,12 @@ def sentence_wins(results):
     x = duel(results, "ranking : classification")
     if not x:
         return "The panel compared nothing", "."
-    above, below, n, seeds = x["low"] > 0.5, x["high"] < 0.5, x["n"], len(x["shares"])
-    lead = "PPO on the ranking reward is preferred to PPO on the classification reward" if above else \
-        "PPO on the classification reward is preferred to PPO on the ranking reward" if below else \
-        "The panel cannot tell PPO on the ranking reward from PPO on the classification reward"
-    split = above and x["ahead"] < seeds or below and x["behind"] < seeds
-    lead += " in the only seed" if seeds == 1 else ", though not in every seed" if split else ""
+    n, seeds, first, second = x["n"], len(x["shares"]), "PPO on the ranking reward", "PPO on the classification reward"
+    if x["behind"] > x["ahead"]:
+        first, second = second, first
+    lead = f"{first} is preferred to {second}" if x["side"] else f"{first} is ahead of {second} in the only seed" if seeds == 1 and x["ahead"] != x["behind"] else \
+        f"{first} is ahead of {second} in every seed, but so few do not settle it" if max(x["ahead"], x["behind"]) == seeds > 1 else \
+        "The seeds do not tell PPO on the ranking reward from PPO on the classification reward"
 
     def score(arm):
         return f"{num(mean(gold(results, arm)))} for {arm} ({estimate(minus(gold(results, arm), gold(results, 'sft')), plus=True)} against SFT)"
@@ -163,18 +156,18 @@ def sentence_why(results):
     more = "labels" if known and abs(mean(labels)) >= abs(mean(loss)) else "loss"
     lead = "The four corners of loss and labels are not all there" if not known else \
         f"One seed cannot tell loss from labels; here the {more} moved the score more" if a is None else \
-        f"Both labels and loss matter, the {more} more" if a and b else \
-        "It is the labels, not the loss, that move the score" if a else \
-        "It is the loss, not the labels, that moves the score" if b else "Neither labels nor loss alone move the score by more than the seeds differ"
-    percent = lambda x: "–" if x is None else f"{x:.1%}"
-    (share, low, high), theirs = pooled(results, "rewards", "classification", "ranked"), pooled(results, "rewards", "ranking", "ranked")[0]
-    coin = "" if share is None else ", which a coin could do" if low <= 0.5 <= high else ", better than a coin" if low > 0.5 else ", worse than a coin"
+        f"Both labels and loss move the score, the {more} more" if a and b else \
+        "The labels move the score; what the loss does cannot be told from the seeds" if a else \
+        "The loss moves the score; what the labels do cannot be told from the seeds" if b else \
+        "Neither labels nor loss alone move the score by more than the seeds differ"
+    mine, theirs = (each(results, "rewards", name, "ranked", "accuracy") for name in ("classification", "ranking"))
+    coin = {1: ", better than a coin", -1: ", worse than a coin", 0: ", which a coin could do", None: ""}[sign([x and x - 0.5 for x in mine])]
     entropy = moved(results, "classification")
     word = {1: "rises", -1: "falls", 0: "neither rises nor falls by more than the seeds differ", None: "rises" if (mean(entropy) or 0) > 0 else "does "
             "not rise"}[sign(entropy)]
     return lead, (f": the panel's places instead of expert-or-sample labels change it by {estimate(labels, plus=True)}, the ranking loss instead of "
-                  f"classification by {estimate(loss, plus=True)}; the classification model orders {percent(share)} [{percent(low)}, "
-                  f"{percent(high)}] of the panel's pairs right{coin}, the ranking model {percent(theirs)}; classification's policy entropy {word} "
+                  f"classification by {estimate(loss, plus=True)}; the classification model orders {estimate(mine)} of the panel's "
+                  f"pairs right{coin}, the ranking model {estimate(theirs)}; classification's policy entropy {word} "
                   f"({estimate(entropy, plus=True)} nats a token against SFT, up in {count([x and x > 0 for x in entropy])}; ranking's "
                   f"{estimate(moved(results, 'ranking'), plus=True)}).")
 
@@ -188,11 +181,11 @@ def sentence_quantile(results):
     """Does the quantile reward discriminate better, or only look so?"""
     accuracy, raw = against(results, "accuracy"), mean(against(results, "kl", "histogram_raw"))
     kl = [against(results, "kl", name) for name in ESTIMATORS]
-    larger, surely = sum((mean(x) or 0) > 0 for x in kl), sum(sign(x) == 1 for x in kl)
+    larger, surely = sum((mean(x) or 0) > 0 for x in kl), any(sign(x) == 1 for x in kl)
     lead = {None: "One seed cannot say whether the quantile reward discriminates better than the scalar one",
             1: "The quantile reward discriminates better than the scalar one",
-            -1: "The quantile reward discriminates worse than the scalar one" + (", though its KL looks better" if surely > 1 else ""),
-            0: "The quantile reward only looks more discriminating than the scalar one" if surely > 1 else
+            -1: "The quantile reward discriminates worse than the scalar one" + (", though its KL is larger" if surely else ""),
+            0: "The quantile reward has a larger KL than the scalar one; in accuracy they cannot be told apart" if surely else
                "The seeds show no difference in how well quantile and scalar reward tell chosen from rejected"}[sign(accuracy)]
     both = lambda *path: " against ".join(num(mean(each(results, "rewards", name, "pairs", *path)), 3) for name in ("quantile", "scalar"))
     ok = [sum(row["ok"] or 0 for row in rows) for rows in there(each(results, "rewards", "scores", "pairs", "quantiles", "coverage", "quantiles"))]
@@ -225,29 +218,32 @@ def own_reward(metrics, arm, last=True):
     return [tenth(runs.get(f"ppo-{arm}", []), "score_normalised", last) for runs in metrics]
 
 
-def passes(metrics):
-    """Held-out loss and accuracy with pairs together and apart: in all its steps apart makes one pass over the pairs, together six.  -> rows"""
+def passes(results, metrics):
+    """Held-out loss and accuracy with pairs together and apart, by updates and by passes over the pairs.  -> rows"""
     found = []
-    for seed, runs in enumerate(metrics):
-        for mode, total in (("together", 6), ("apart", 1)):
-            rows = [row for row in runs.get(f"rm-{mode}", []) if "eval_loss" in row]
-            for row in rows:
-                done = total * (row["step"] + 1) / max(rows[-1]["step"] + 1, 1)
-                found.append({"name": mode, "seed": seed, "updates": row["step"] + 1, "passes": round(done, 3), "eval_loss": row["eval_loss"],
-                              "eval_accuracy": row.get("eval_accuracy")})
+    for seed, (result, runs) in enumerate(zip(results, metrics)):
+        for mode in ("together", "apart"):
+            for row in runs.get(f"rm-{mode}", []):
+                if "eval_loss" in row:
+                    done = (row["step"] + 1) * (get(result, "passes_a_step", mode) or 0)
+                    found.append({"name": mode, "seed": seed, "updates": row["step"] + 1, "passes": round(done, 3), "eval_loss": row["eval_loss"],
+                                  "eval_accuracy": row.get("eval_accuracy")})
     return found
+
+
+def losses_of(rows, seeds, mode):
+    """The held-out losses of a mode, in order, with the passes at which they were taken.  -> a list of (passes, loss) a seed"""
+    return [[(row["passes"], row["eval_loss"]) for row in rows if row["name"] == mode and row["seed"] == seed] for seed in range(seeds)]
 
 
 def at_pass(rows, seeds, mode, done):
     """The held-out loss of a mode at (or next to) so many passes, one value a seed."""
-    runs = [[row for row in rows if row["name"] == mode and row["seed"] == seed] for seed in range(seeds)]
-    return [min(run, key=lambda row: abs(row["passes"] - done))["eval_loss"] if run else None for run in runs]
+    return [min(run, key=lambda point: abs(point[0] - done))[1] if run else None for run in losses_of(rows, seeds, mode)]
 
 
-def overfits(rows, seeds, mode):
-    """By how much the held-out loss ends above its least, one value a seed."""
-    runs = [[row["eval_loss"] for row in rows if row["name"] == mode and row["seed"] == seed] for seed in range(seeds)]
-    return [None if not there(run) or run[-1] is None else run[-1] - min(there(run)) for run in runs]
+def turns_up(rows, seeds, mode):
+    """The held-out loss at the end less that at half of the updates: above 0 it overfits, below 0 it still learns. One value a seed."""
+    return [run[-1][1] - run[len(run) // 2][1] if run else None for run in losses_of(rows, seeds, mode)]
 
 
 def at_equal_kl(results, a, b):
@@ -268,21 +264,22 @@ def claim(what, paper, found, verdict):
 def claims_a(results, metrics):
     """Paper A's claims.  -> rows"""
     x, (labels, loss), n, plus = duel(results, "ranking : classification"), effects(results), len(results), {"plus": True}
-    gain, other = (minus(own_reward(metrics, arm), own_reward(metrics, arm, last=False)) for arm in ("classification", "ranking"))
-    entropy, rows = moved(results, "classification"), passes(metrics)
+    early, late = ([tenth(runs.get("ppo-classification", []), "score", last) for runs in metrics] for last in (False, True))
+    entropy, rows = moved(results, "classification"), passes(results, metrics)
     loss_at = lambda mode, done: spread(at_pass(rows, n, mode, done), 3)
-    apart, together = (overfits(rows, n, mode) for mode in ("apart", "together"))
+    apart, together = (turns_up(rows, n, mode) for mode in ("apart", "together"))
+    many_passes = num(mean([row["passes"] for row in rows if row["name"] == "together"][-1:]), 1)
     shares = ", ".join(f"{share:.0%}" for share in there(x["shares"])) if x else ""
-    preferred = "–" if not x else "yes" if x["low"] > 0.5 else "no, the opposite" if x["high"] < 0.5 else "cannot be told"
-    says = lambda values: "–" if mean(values) is None else "overfits" if mean(values) > 0.01 else "does not overfit"
+    preferred = verdict([share - 0.5 for share in x["shares"]] if x else [])
+    says = lambda values: verdict(values, "overfits", "still learns", "is level")
     return [
         claim("A: the policy trained on the ranking reward is preferred", "preferred by ChatGPT (figure 2, no number in the text)",
               f"wins + ties / 2: {x['share']:.1%} [{x['low']:.1%}, {x['high']:.1%}]; seeds {shares}" if x else "–",
               f"{preferred}; ahead in {x['ahead']} of {many(n)}" if x else "–"),
-        claim("A: the classification reward stays low during PPO", "low throughout (figure 3)",
-              f"rise of each run's own normalised reward, first to last tenth: classification {spread(gain, **plus)}, ranking "
-              f"{spread(other, **plus)} (deviations of its own training mix: not comparable with each other)",
-              verdict(gain, "no: it rises", "yes: it even falls", "yes: no rise beyond the spread over seeds")),
+        claim("A: the classification reward stays low during PPO", "near −1, the worst, throughout (figure 3)",
+              f"tanh(z/2), between −1 and 1: first tenth of the steps {spread(early, plus=True)}, last tenth {spread(late, plus=True)}; rise "
+              f"{spread(minus(late, early), plus=True)}",
+              f"the end: {verdict(late, 'above 0', 'below 0', 'about 0: it calls them neither good nor bad')}; {verdict(minus(late, early), 'it rises', 'it falls', 'no rise to speak of')}"),
         claim("A: its policy's entropy rises", "rises (figure 4)",
               f"{spread(entropy, **plus)} nats a token against SFT, on held-out passages; up in {count([e and e > 0 for e in entropy])}",
               verdict(entropy, "yes", "no: it falls", "cannot be told from the spread over seeds")),
@@ -291,9 +288,9 @@ def claims_a(results, metrics):
               f"loss: {verdict(loss, 'ranking is better', 'ranking is worse')}; labels: "
               f"{verdict(labels, 'ranked places are better', 'ranked places are worse')}"),
         claim("A: six pairs of a prompt in different minibatches overfit within an epoch, together they do not", "stated, no number",
-              f"held-out loss after one pass: apart {loss_at('apart', 1)}, together {loss_at('together', 1)}; after equal updates: together "
-              f"{loss_at('together', 6)} (six passes). End above the least loss: apart {spread(apart, 3)}, together {spread(together, 3)}",
-              f"apart {says(apart)} in its one pass, together {says(together)} in six (mean end more than 0.01 above its least)"),
+              f"held-out loss after one pass: apart {loss_at('apart', 1)}, together {loss_at('together', 1)}; after as many updates: together "
+              f"{loss_at('together', 1e9)} ({many_passes} passes). End less half-way: apart {spread(apart, 3, True)}, together {spread(together, 3, True)}",
+              f"second half of the updates: apart, in its one pass, {says(apart)}; together, in {many_passes}, {says(together)}"),
     ]
 
 
@@ -301,7 +298,7 @@ def claims_b(results, metrics):
     """Paper B's claims, its future work, and over-optimisation.  -> rows"""
     pick = lambda name, *path: spread(each(results, "rewards", name, "pairs", *path), 3)
     versus = lambda *path: f"{pick('quantile', *path)} against {pick('scalar', *path)}"
-    cvar = at_equal_kl(results, "quantile-cvar", "quantile")
+    cvar = at_equal_kl(results, "scores-cvar", "scores-mean")
     per = each(results, "rewards", "quantile", "pairs", "quantiles", "per_quantile", "quantiles")
     low, high = ([mean(sum((get(r, "rewards", "quantile", "values", name) or {}).values(), [])) for r in results] for name in ("q0", "q9"))
     more = minus(own_reward(metrics, "ranking-loose"), own_reward(metrics, "ranking"))
@@ -316,7 +313,7 @@ def claims_b(results, metrics):
               f"mean over held-out responses {spread(low)} and {spread(high)}; accuracy "
               + " and ".join(spread([get(rows[i], "accuracy") if rows else None for rows in per], 3) for i in (0, -1)),
               "by construction: outputs are read sorted. Whether it means anything is coverage and accuracy, below"),
-        claim("B, future work: pessimistic PPO (the mean of the lowest three quantiles) on the quantile reward", "not done",
+        claim("B, future work: pessimistic PPO (the mean of the lowest three quantiles) on a quantile reward (that of ten opinions)", "not done",
               f"panel's score less that of PPO on the mean, at equal KL: {spread(cvar, plus=True)}", verdict(cvar, "pessimism helps", "pessimism harms")),
         claim("Over-optimisation: with a tenth of the KL penalty PPO gains reward and loses quality", "not in the papers",
               f"less the same arm with the full penalty: its own reward {spread(more, plus=True)} (one reward model), panel's score "

@@ -328,6 +328,7 @@ class OpenAI(Judge):
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
         request = urllib.request.Request(f"{self.url}/chat/completions", body,
                                          {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"})
+        wait = 0.0
         for attempt in range(TRIES):
             if attempt:
                 self.sleep(wait)

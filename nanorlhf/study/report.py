@@ -17,8 +17,8 @@ from .findings import (CORNERS, claims_a, claims_b, each, floors, get, load, man
                        spread)
 
 PAPER_A = ("ranking", "classification", "classification-raw", "judge")
-OTHERS = ("ranking", "ranking-on-labels", "classification-on-places", "quantile", "quantile-cvar", "ranking-loose")
-ORDER = ("experts", "judge", "quantile", "quantile-cvar", "ranking", "ranking-loose", "ranking-on-labels", "classification-on-places",
+OTHERS = ("ranking", "ranking-on-labels", "classification-on-places", "scores-mean", "scores-cvar", "ranking-loose")
+ORDER = ("experts", "judge", "scores-mean", "scores-cvar", "ranking", "ranking-loose", "ranking-on-labels", "classification-on-places",
          "classification", "classification-raw", "sft", "control")
 QUANTILE_MODELS = ("quantile", "label", "scores", "self_mean")
 
@@ -176,7 +176,8 @@ def section_setup(page, results):
     row = results[0]["row"]
     rows = [{"column": i, "word": w, "branch": b, "position": p} for i, (w, b, p) in enumerate(zip(row["words"], row["branch"], row["positions"]))]
     page.text(f"""<figure><h3>From text to PPO</h3>{pipeline()}<figcaption>Everything is written from scratch and trained here. The panel is a program that
-parses a question and looks its answer up, so the panel's scores are exact.</figcaption></figure>
+parses a question and looks its answer up, so the panel's scores are exact. Tales, policy, samples, reward models and PPO are drawn anew for each
+seed; the trunk that the reward models start from, a LLaMA that has learnt to answer questions about tales, is one for all seeds.</figcaption></figure>
 <figure><h3>A prompt and its four responses are one row of one forward pass</h3>{row_cells(row)}<figcaption>A real row: the passage (grey), then four
 sampled questions, each in its colour; the number below a token is its position. Every response continues where the prompt ended. A token sees a column
 that is not after it if that column belongs to the prompt or to its own response; so the prompt is computed once, and all six pairs are in one
@@ -189,15 +190,17 @@ def section_policies(page, results):
     page.section("paper-a", "Paper A: ranking against classification")
     rows = policy_rows(results)
     page.figure("scores", "Score by the panel", "A dot is a seed, a bar and the number the mean. Experts above SFT above the control (SFT's "
-                "questions set beside another passage) must hold. The judge's own arm shows how much PPO can gain when the reward is right.", rows,
+                "questions set beside another passage) must hold. The judge's own arm shows how much PPO can gain when the reward is right. scores-mean "
+                "and scores-cvar: PPO on the quantile model of ten opinions a sample, which say more than the order that the ranking model has seen.", rows,
                 (figures.dots, rows, "", {"value": "gold", "label": "score by the panel", "size": (5.5, 4.9)}))
     rows = win_rows(results)
-    page.figure("wins", "Win rates before the panel", "All seeds together; a triangle is one seed. Both orders are asked; scores closer than 0.05 "
-                "are a tie.",
+    page.figure("wins", "Win rates before the panel", "All seeds together; a triangle is one seed. Scores that round to the same multiple of "
+                "0.05 tie.",
                 rows, (figures.wins, rows, "", {"size": (5.5, 6.9)}))
     shown, raw = corner_rows(results)
     page.table("corners", "Loss or labels? The 2x2 that the paper leaves out", "Paper A changes the loss and the labels at once (first and last "
-               "line). Hold one of them fixed and read what the other does. Mean over seeds (least to greatest); 0.5 is a coin.", shown, raw)
+               "line). Hold one of them fixed and read what the other does. With the labels change the texts: labels are on two experts' questions and the "
+               "samples, places on the samples; with the loss the map to a reward. Mean over seeds (least to greatest); 0.5 is a coin.", shown, raw)
     rows = kind_rows(results)
     page.figure("kinds", "What the policies ask", "The panel likes <em>why</em> and <em>how did it feel</em> best (its tastes are below): part of a "
                 "gain can be a change of the kind of question, not of its quality.",
@@ -224,9 +227,9 @@ def section_training(page, results, metrics):
                 "seeds, the large dot is the end. Compare arms at equal KL. Last panel: the reward model's own opinion of its policy (broken) beside "
                 "the panel's (full); where the first rises and the second does not, the reward is gamed.", rows, *two(figures.ways, rows),
                 (figures.own, rows, "a tenth of the KL penalty", {"names": ["ranking", "ranking-loose"], **tall}))
-    rows = passes(metrics)
+    rows = passes(results, metrics)
     page.figure("together", "Six pairs of a passage together, or apart", "Few passages, ranking loss, as many updates for both. Apart: each pair is "
-                "a row of its own, one pass in all. Together: six passes. A held-out loss that turns up again is overfitting.", rows,
+                "a row of its own, one pass in all. Together: as many updates are several passes. A held-out loss that turns up again is overfitting.", rows,
                 *((figures.modes, rows, label, {"value": value, "label": label})
                   for value, label in (("eval_loss", "held-out loss, nats"), ("eval_accuracy", "held-out pair accuracy"))))
 
@@ -313,19 +316,20 @@ def section_made(page, out, study, seeds):
     page.section("made", "How it was made")
     path = out / "seed0" / "sft" / "config.json"
     versions = get(json.loads(path.read_text(encoding="utf-8")), "versions") if path.exists() else None
-    peak, stages = max([stage["peak_gib"] for stage in study["stages"].values()], default=None), {}
-    for name, stage in study["stages"].items():
+    mine = {name: stage for name, stage in study["stages"].items() if not name.startswith("seed") or int(name[4:].split("/")[0]) < seeds}
+    peak, stages = max([stage["peak_gib"] for stage in mine.values()], default=None), {}
+    for name, stage in mine.items():
         stages.setdefault(name.split("/")[1] if name.startswith("seed") else name, []).append(stage["seconds"])
     scale, workers = escape(study["scale"]), study.get("workers", 1)
     page.text(f"""<pre>python -m nanorlhf.study --scale {scale} --seeds {seeds} --out {escape(str(out))}</pre>
-<p>Scale {scale}, {many(seeds)}, {many(len(study["stages"]), "stage")} in {study["seconds"] / 60:.1f} minutes on {many(workers, "worker")} of one thread
+<p>Scale {scale}, {many(seeds)}, {many(len(mine), "stage")} in {study["seconds"] / 60:.1f} minutes on {many(workers, "worker")} of one thread
 each; most memory of a worker {num(peak)} GiB. {escape(", ".join(f"{name} {version}" for name, version in (versions or {}).items()))}.</p>
 <p class="machine">Page written on {escape(platform.system())} {escape(platform.machine())}, {os.cpu_count()} cores, Python
 {platform.python_version()}.</p>
 <p>Every run has its folder in {escape(str(out))} (seed0/sft, seed0/rm-ranking, seed0/ppo-ranking …), with its flags, metrics and samples.</p>""")
-    page.table("stages", "Stages", "Seconds, mean over seeds (least to greatest).",
+    page.table("stages", "Stages", "Seconds of the last attempt, mean over seeds (least to greatest).",
                [{"stage": name, "seconds": spread(x, 1)} for name, x in sorted(stages.items())],
-               [{"stage": name, "seconds": stage["seconds"], "peak_gib": stage["peak_gib"]} for name, stage in study["stages"].items()])
+               [{"stage": name, "seconds": stage["seconds"]} for name, stage in mine.items()])
     page.text("<p>All numbers: " + " ".join(f'<a href="{name}">{name}</a>' for name in sorted(page.csv)) + "</p>")
 
 

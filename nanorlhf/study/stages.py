@@ -22,7 +22,7 @@ from . import evaluate, small, world
 from .judge import Scoring
 
 GOLD = f"{world.__file__}:gold"
-TIE = 0.05                               # of the panel's mean: closer scores are a tie
+TIE = 0.05                               # scores of one multiple of this, of the panel's mean, are a tie
 K = 4                                    # samples of a passage                                                        [paper A, 3.1]
 ACTOR = dict(groups=16, k=K, epochs=2, minibatches=2, lr=3e-4, schedule="constant", warmup=0, max_new=20, device="cpu")
 SOLID = dict(groups=16, warmup=20, device="cpu")
@@ -47,11 +47,11 @@ ARMS = {
     "ranking": ("rm-ranking", {}),
     "classification": ("rm-classification", {}),
     "judge": (GOLD, {}),
-    "quantile": ("rm-scores", {}),
+    "scores-mean": ("rm-scores", {}),
     "classification-raw": ("raw", {}),
     "ranking-on-labels": ("rm-ranking-on-labels", {}),
     "classification-on-places": ("rm-classification-on-places", {}),
-    "quantile-cvar": ("rm-scores", {"statistic": "cvar:0.3"}),
+    "scores-cvar": ("rm-scores", {"statistic": "cvar:0.3"}),
     "ranking-loose": ("rm-ranking", {"kl_coef": 0.02}),               # a tenth of the KL penalty: what over-optimisation looks like
 }
 # reward model -> (data, flags of train_rm.py). Paper A's are trained on the four samples or on experts and samples, paper B's on pairs.
@@ -137,9 +137,15 @@ def reward_model(out, scale, seed, name):
                                   save_every=100, **flags, **SOLID))
 
 
+def pass_over(out, mode):
+    """How many groups one pass over the few passages has: passages with a pair, or, apart, pairs of unequal place."""
+    pairs = evaluate.ordered_pairs([[r.place for r in group.responses] for group in data.read_groups(out / "few/train.jsonl")[0]])
+    return len(pairs) if mode == "apart" else len({group for group, _, _ in pairs})
+
+
 def pairs_mode(out, scale, seed, mode):
-    """The six pairs of a passage in one minibatch, or apart, on few passages: as many optimizer steps as one pass over the pairs apart has."""
-    steps = max(1, scale.overfit * K * (K - 1) // 2 // SOLID["groups"])
+    """The pairs of a passage in one minibatch, or apart, on few passages: as many optimizer steps for both as one pass over the pairs apart has."""
+    steps = max(1, pass_over(out, "apart") // SOLID["groups"])
     train_rm.main(train_rm.Config(str(out / "few"), str(out.parent / "reader/run"), str(out / f"rm-{mode}"), labels="place", pairs=mode, steps=steps, lr=scale.rm_lr / 2, seed=seed,
                                   schedule="constant", eval_every=max(1, steps // 6), save_every=100, **SOLID))
 
@@ -165,11 +171,20 @@ def actor(out, scale, seed, arm):
 
 
 def answer(policy, out, seed, name):
-    """Two answers to each held-out passage, the same draws for every policy.  -> groups, also in the file `name`"""
+    """One answer to each held-out passage, the same draws for every policy.  -> groups, also in the file `name`
+
+    One, because `sample` draws a second one again where it repeats the first: no longer the policy's own distribution.
+    """
     if not (out / name).exists():
-        sample.main(sample.Config(policy=str(policy), data=str(out / "world/ppo"), split="held_out", k=2, max_new=20, seed=seed, out=str(out / name), max_tokens=16384,
+        sample.main(sample.Config(policy=str(policy), data=str(out / "world/ppo"), split="held_out", k=1, max_new=20, seed=seed, out=str(out / name), max_tokens=16384,
                                   device="cpu"))
-    return data.read_groups(out / name)[0]
+    return answers_in(out / name)
+
+
+def answers_in(path):
+    """As `data.read_groups`, but an answer that says nothing stays: it is ill formed, not absent."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [data.Group(line["prompt"], [data.Response(r["text"], ended=r.get("ended", True)) for r in line["responses"]]) for line in lines]
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -209,7 +224,7 @@ def policies(out, scale, seed):
     for arm in ARMS:
         ways[arm] = []
         for steps in scale.ppo:
-            answers[arm] = data.read_groups(out / f"ppo-{arm}-{steps}.jsonl")[0]
+            answers[arm] = answers_in(out / f"ppo-{arm}-{steps}.jsonl")
             ways[arm].append({**opinions_of(answers[arm]), **json.loads((out / f"ppo-{arm}-{steps}.json").read_text())})
         found[arm] = ways[arm][-1]
     return {"policies": found, "ways": ways, "wins": duels(answers), "texts": show(answers)}
@@ -220,7 +235,7 @@ def duels(answers):
     judge = Scoring(world.gold, TIE)
     first = {name: [group.responses[0].text for group in groups] for name, groups in answers.items()}
     prompts = [group.prompt for group in answers["sft"]]
-    named = [("ranking", "classification"), ("judge", "ranking"), ("quantile", "ranking"), ("quantile-cvar", "quantile"), ("ranking-loose", "ranking"),
+    named = [("ranking", "classification"), ("judge", "ranking"), ("scores-mean", "ranking"), ("scores-cvar", "scores-mean"), ("ranking-loose", "ranking"),
              *((arm, "sft") for arm in ARMS), ("experts", "sft")]
     return {f"{a} : {b}": evaluate.win_rate(judge, prompts, first[a], first[b]) for a, b in named if a in first and b in first}
 
@@ -249,7 +264,6 @@ def rewards(out, scale, seed):
             means = [group.mean(-1) for group in outputs]
             mine[where] = {**evaluate.pair_accuracy(means, [row.place for row in rows]), "auc": evaluate.label_auc(means, [row.label for row in rows])}
             if where == source:
-                mine["calibration"] = evaluate.calibration(means, [row.place for row in rows])
                 mine["raw_deviation"] = model.raw(torch.tensor(np.concatenate(outputs))).std().item()
         if source == "pairs":                    # the last file read
             opinions = [[r.scores for r in group.responses] for group in groups]
@@ -263,7 +277,8 @@ def rewards(out, scale, seed):
             outputs, rows, _ = outputs_on(model, out / "pairs/train.jsonl", "place")
             won = [float(y) for row in rows for y in row.label]
             mine["closed_form"] = evaluate.label_against_closed_form(np.concatenate(outputs), won, quantile_levels(10).numpy())
-    return {"rewards": found, "pairs": pairs_of(out)}
+    passes = {mode: SOLID["groups"] / pass_over(out, mode) for mode in ("together", "apart")}
+    return {"rewards": found, "pairs": pairs_of(out), "passes_a_step": passes}
 
 
 def values(outputs, rows):
