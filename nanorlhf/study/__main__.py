@@ -150,28 +150,35 @@ def carry_out(stages, done, workers, out, record):
         print(f"[{len(done)}/{len(stages)}] {name:<34}{answer['seconds']:6.1f} s   {(time.time() - began) / 60:5.1f} min so far, about {left / 60:.1f} left", flush=True)
 
 
-def main(config):
-    check(config, seeds=(0, 1000), workers=(0, 1000))
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('the page is drawn with matplotlib, which is missing: pip install -c constraints.txt -e ".[plot]"')
-    from .stages import SCALES
-    scale, out = SCALES[config.scale], Path(os.path.abspath(config.out or f"runs/study-{config.scale}"))        # runs record where they lie
-    seeds, path, sizes = config.seeds or scale.seeds, out / "study.json", json.loads(json.dumps(asdict(scale)))
-    if out.exists() and not path.exists() and any(other.name != "lock" for other in out.iterdir()):
-        raise InputError(f"--out {out}: exists and is not a study; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / "lock", "w")               # goes with the process, however it ends
+@contextlib.contextmanager
+def alone(out):
+    """The folder is this process's until it leaves, however it ends: two studies in one folder would write over each other."""
+    folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
         raise InputError(f"--out {out}: another study is at work there; wait for it, or stop it") from None
-    state = {"scale": config.scale, "sizes": sizes, "seconds": 0.0, "stages": {}}
+    finally:
+        os.close(folder)
+
+
+def opened(out, name, sizes):
+    """study.json of a folder, or that of a new study; what was started otherwise is refused.  -> dict"""
+    state, path = {"scale": name, "sizes": sizes, "seconds": 0.0, "stages": {}}, out / "study.json"
     if path.exists():
-        state = {**state, **read_json(path)}
-        if not isinstance(state["stages"], dict) or not isinstance(state["seconds"], (int, float)):
-            raise InputError(f"{path}: damaged; name another --out")
-        if state["scale"] != config.scale or state["sizes"] != sizes:
-            raise InputError(f"--out {out}: holds a study of scale {state['scale']} with sizes {state['sizes']}, not {config.scale} with {sizes}; name another folder")
+        state |= read_json(path)
+    if not isinstance(state["stages"], dict) or not isinstance(state["seconds"], (int, float)):
+        raise InputError(f"{path}: damaged; name another --out")
+    if state["scale"] != name:
+        raise InputError(f"--out {out}: holds a study of scale {state['scale']}, not {name}; name another folder")
+    if state["sizes"] != sizes:
+        raise InputError(f"--out {out}: was started with other sizes of scale {name} ({state['sizes']}); name another folder")
+    return state
+
+
+def study(config, out, seeds, state):
+    """All stages that are not done, then the page."""
     stages, began, before = plan(seeds), time.time(), state["seconds"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(config.workers or min(cores, 16), len(stages))         # 0.6 GiB each
@@ -179,9 +186,9 @@ def main(config):
            workers=f"{count} processes of one thread")
 
     def record(done):
-        replace(path, (json.dumps({**state, "seeds": seeds, "workers": count, "seconds": before + time.time() - began, "stages": done}, indent=1) + "\n").encode())
+        state.update(seeds=seeds, workers=count, seconds=before + time.time() - began, stages=done)
+        replace(out / "study.json", (json.dumps(state, indent=1) + "\n").encode())
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if any(stage.name not in state["stages"] for stage in stages):
         record(state["stages"])
         workers = Workers(count, out, config.scale, seeds)
@@ -193,6 +200,20 @@ def main(config):
             workers.close()
     from . import report
     print(report.write(out, seeds))
+
+
+def main(config):
+    check(config, seeds=(0, 1000), workers=(0, 1000))
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError('the page is drawn with matplotlib, which is missing: pip install -c constraints.txt -e ".[plot]"')
+    from .stages import SCALES
+    scale, out = SCALES[config.scale], Path(os.path.abspath(config.out or f"runs/study-{config.scale}"))        # runs record where they lie
+    if out.exists() and not (out / "study.json").exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: exists and is not a study; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with alone(out):
+        study(config, out, config.seeds or scale.seeds, opened(out, config.scale, json.loads(json.dumps(asdict(scale)))))
 
 
 if __name__ == "__main__":
