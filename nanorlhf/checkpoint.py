@@ -355,7 +355,7 @@ def open_run(config, script):
     out, flags = Path(config.out), dataclasses.asdict(config)
     path = out / "config.json"
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(other.suffix != ".tmp" for other in out.iterdir())):      # .tmp: killed in its first write
             raise InputError(f"--out {out}: exists and is not a run of ours; name another folder")
         return False
     before, resumable = read_json(path), (out / "state.safetensors").exists()

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import train_sft
 from nanorlhf import checkpoint, optim
 from nanorlhf.batching import Row, pack_rows
 from nanorlhf.config import InputError
@@ -481,3 +482,13 @@ def test_a_damaged_state_ends_in_one_line(case, tmp_path):
     with pytest.raises(InputError) as caught:
         checkpoint.load_state(tmp_path, model, optimizer)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_run_killed_in_its_first_write_starts_again(tmp_path):
+    config = train_sft.Config(data="d", init="i", out=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.tmp").write_text('{"script": "tra')            # killed before the rename: nothing of anybody's is there
+    assert checkpoint.open_run(config, "train_sft") is False
+    (tmp_path / "run" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="not a run of ours"):
+        checkpoint.open_run(config, "train_sft")

@@ -208,7 +208,7 @@ def main(config):
         raise InputError('the page is drawn with matplotlib, which is missing: pip install -c constraints.txt -e ".[plot]"')
     from .stages import SCALES
     scale, out = SCALES[config.scale], Path(os.path.abspath(config.out or f"runs/study-{config.scale}"))        # runs record where they lie
-    if out.exists() and not (out / "study.json").exists() and any(out.iterdir()):
+    if out.exists() and not (out / "study.json").exists() and any(other.suffix != ".tmp" for other in out.iterdir()):
         raise InputError(f"--out {out}: exists and is not a study; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
