@@ -53,7 +53,7 @@ class Config:
     minibatches: int = 4                            # optimizer steps per pass; divides --groups
     target_kl: float = 0.0                          # KL per response to the rollout policy that ends the passes early; 0: never
     eos_penalty: float = 1.0                        # taken from the score of a response that did not end
-    max_tokens: int = 8192                          # columns per micro-batch, padding included
+    max_tokens: int = 8192                          # columns per micro-batch
     max_length: int = 0                             # positions of prompt + response; 0: the model's context
     lr: float = 1e-5                                # learning rate of AdamW
     warmup: int = 0                                 # rollouts until the learning rate is reached

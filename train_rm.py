@@ -39,7 +39,7 @@ class Config:
     tokenizer: str = ""                             # folder of a tokenizer, for random weights of a real size
     steps: int = 200                                # optimizer steps
     groups: int = 8                                 # groups per optimizer step
-    max_tokens: int = 4096                          # columns per micro-batch, padding included
+    max_tokens: int = 4096                          # columns per micro-batch
     max_length: int = 0                             # positions of prompt + longest response; 0: the model's context
     lr: float = 2e-5                                # learning rate of AdamW
     warmup: int = 10                                # steps until the learning rate is reached

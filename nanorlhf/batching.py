@@ -113,17 +113,21 @@ def take(n, groups, step, seed):
     return [int(orders[at // n][at % n]) for at in range(first, first + groups)]
 
 
-def micro_batches(columns, max_tokens):
-    """Splits rows into micro-batches of at most max_tokens columns, padding included; rows of like length go together.
+def micro_batches(columns, max_tokens, padded=False):
+    """Splits rows into micro-batches of at most max_tokens columns; rows of like length go together.
 
-    columns: length of each row  ->  list of lists of indices into it. A row longer than max_tokens is alone.
+    columns: length of each row;  padded: each counts as the longest of its batch, as where a cache gives all the same room
+    ->  list of lists of indices into `columns`. A row longer than max_tokens is alone.
     """
-    plan = []
+    plan, width = [], 0
     for i in sorted(range(len(columns)), key=lambda i: (-columns[i], i)):
-        if plan and (len(plan[-1]) + 1) * columns[plan[-1][0]] <= max_tokens:
+        cost = columns[plan[-1][0]] if plan and padded else columns[i]
+        if plan and width + cost <= max_tokens:
             plan[-1].append(i)
+            width += cost
         else:
             plan.append([i])
+            width = columns[i]
     return plan
 
 

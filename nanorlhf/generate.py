@@ -65,8 +65,9 @@ def extend(model, prompts, u, eos_id, temperature=1.0, top_p=1.0):
     positions = torch.arange(longest, device=device) * (branch == 0).to(device)
 
     cache = model.new_cache(B, longest + K * (R - 1))
-    hidden = model.hidden(tokens.to(device), positions, branch.to(device), cache)      # (B,P,D): the prompt, once
-    logits = model.logits(hidden[torch.arange(B, device=device), ends - 1])[:, None].expand(B, K, -1)
+    last = torch.arange(B, device=device) * longest + ends - 1
+    hidden = model.hidden(tokens.to(device), positions, branch.to(device), cache, at=last)       # (B,D): the prompt, once
+    logits = model.logits(hidden)[:, None].expand(B, K, -1)
 
     out = torch.zeros(B, K, R, dtype=torch.long, device=device)
     lengths = torch.full((B, K), R, device=device)
@@ -93,7 +94,7 @@ def sample(model, prompts, indices, k, max_new, eos_id, seed, purpose, step, tem
     indices: each prompt's place in the data;  first: number of the first sample (drawing again takes later numbers).
     """
     found = [None] * len(prompts)
-    for part in micro_batches([len(prompt) + k * max_new for prompt in prompts], max_tokens):
+    for part in micro_batches([len(prompt) + k * max_new for prompt in prompts], max_tokens, padded=True):
         u = np.stack([[uniforms(seed, purpose, step, indices[i], first + s, max_new) for s in range(k)] for i in part])
         tokens, lengths = (x.tolist() for x in extend(model, [prompts[i] for i in part], u, eos_id, temperature, top_p))
         for b, i in enumerate(part):

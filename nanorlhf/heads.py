@@ -21,11 +21,10 @@ class PolicyOutput(NamedTuple):
     values: torch.Tensor | None
 
 
-def columns(hidden, index):
-    """hidden (B,T,D), index (B, ...) columns of the same row  ->  (B, ..., D)"""
-    flat = index.reshape(index.shape[0], -1)
-    rows = torch.arange(index.shape[0], device=index.device)[:, None]
-    return hidden[rows, flat].view(*index.shape, hidden.shape[-1])
+def columns(batch, index):
+    """Columns (B, ...), counted within their row, as indices into all B*T columns of the batch."""
+    rows = torch.arange(len(index), device=index.device).view(-1, *[1] * (index.ndim - 1))
+    return index + rows * batch.tokens.shape[1]
 
 
 def precise(layer, hidden):
@@ -54,9 +53,8 @@ class Policy(nn.Module):
 
         Logits are computed for response tokens alone (n of them), in float32 or better from the softmax on.
         """
-        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch)       # (B,T,D)
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None, None].expand_as(batch.mask)
-        hidden = hidden[rows[batch.mask], batch.predictor[batch.mask]]                # (n,D)
+        read = columns(batch, batch.predictor)[batch.mask]                            # (n,)
+        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch, at=read)      # (n,D)
         logits = self.trunk.logits(hidden)                                            # (n,V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         back = lambda x: torch.zeros(batch.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(batch.mask, x)
@@ -87,5 +85,6 @@ class Scorer(nn.Module):
 
     def forward(self, batch):
         """Raw outputs (B,K,N); what stands at a response that is not `valid` is meaningless."""
-        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch)       # (B,T,D)
-        return precise(self.score, columns(hidden, batch.last))                       # (B,K,N)
+        read = columns(batch, batch.last)                                             # (B,K)
+        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch, at=read.flatten())    # (B*K,D)
+        return precise(self.score, hidden.view(*read.shape, -1))                      # (B,K,N)

@@ -1,18 +1,22 @@
 """LLaMA 1, 2 and 3, whole and alone: read it without any other file.        [Touvron et al. 2023a, 2023b; Llama 3, 2024]
 
-B rows, T columns, S columns seen so far (T without a cache), D width, H query heads, G key-value heads, d head width, V vocabulary.
+B rows, T columns, n of them no padding, S columns seen so far, D width, H query heads, G key-value heads, d head width, V vocabulary.
 
 A row holds a prompt and its K responses side by side. `branch` says who a column belongs to (0 the prompt, k response k,
 -1 padding), `positions` where it stands in its own text. The one rule of the whole repository is in `visible`.
 
 Parameter names and shapes are those of Hugging Face's folders, so a state dict is a file of theirs, key by key.
 """
+import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -66,40 +70,106 @@ SIZES = {
 }
 
 
-def visible(branch_query, branch_key):
+def visible(branch_query, branch_key, first=None):
     """Who sees whom: column i sees column j <= i if j is the prompt's or of i's own branch.
 
-    branch_query (B,T), branch_key (B,S), the queries being the last T of the S columns  ->  (B,1,T,S) bool
+    branch_query (B,T), branch_key (B,S), the queries being columns first .. first + T - 1, by default the last T  ->  (B,1,T,S) bool
     What padding sees does not matter, because nobody sees padding; it sees itself, since an empty softmax is NaN.
     """
     T, S = branch_query.shape[1], branch_key.shape[1]
-    earlier = torch.ones(T, S, dtype=torch.bool, device=branch_key.device).tril(S - T)
+    column = torch.arange(S, device=branch_key.device)
+    earlier = column <= column[:T, None] + (S - T if first is None else first)
     mine = (branch_key[:, None] == 0) | (branch_key[:, None] == branch_query[:, :, None])
     return (earlier & mine)[:, None]
 
 
 class Cache:
-    """Keys and values of the columns so far, with their branches: room for `columns` columns of B rows."""
+    """Keys and values of the columns so far, with their branches: room for `columns` columns of B rows.
 
-    def __init__(self, layers, rows, columns, device):
+    A CUDA graph repeats its kernels on the same memory, so a fixed cache counts on the device and always reads the whole room:
+    a column that is not written yet has branch -1, which nobody sees.
+    """
+
+    def __init__(self, layers, rows, columns, device, fixed=False):
         self.branch = torch.full((rows, columns), -1, device=device)
-        self.keys = self.values = None           # (layers,B,G,columns,d), born with the first key, in its number format
-        self.layers, self.length = layers, 0
+        self.length = torch.zeros((), dtype=torch.long, device=device)      # columns in use; `used` is the same number on the host
+        self.keys = self.values = None           # (layers,B,columns,G,d), born with the first key, in its number format
+        self.layers, self.fixed, self.used = layers, fixed, 0
 
-    def extend(self, layer, key, value):
-        """Writes T new columns of one layer behind the others, gives back all of them.  (B,G,T,d) -> (B,G,S,d)"""
+    def extend(self, branch):
+        """Takes in T more columns of each row.  branch (B,T)  ->  where they are kept (B*T,), what they see (B,1,T,S)"""
+        (rows, room), T = self.branch.shape, branch.shape[1]
+        places = self.length + torch.arange(T, device=branch.device) + room * torch.arange(rows, device=branch.device)[:, None]
+        self.branch.view(-1)[places] = branch
+        self.used += T
+        sees = visible(branch, self.branch if self.fixed else self.branch[:, : self.used], self.length)
+        self.length += T
+        return places.flatten(), sees
+
+    def write(self, layer, places, key, value):
+        """key, value (n,G,d) of one layer, to the places that `extend` gave."""
         if self.keys is None:
-            B, heads, _, d = key.shape
-            self.keys = key.new_zeros(self.layers, B, heads, self.branch.shape[1], d)
-            self.values = torch.zeros_like(self.keys)
-        end = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+            self.keys, self.values = (x.new_zeros(self.layers, *self.branch.shape, *x.shape[1:]) for x in (key, value))
+        self.keys[layer].flatten(0, 1)[places] = key
+        self.values[layer].flatten(0, 1)[places] = value
+
+    def read(self, layer):
+        """-> keys, values (B,G,S,d)"""
+        return [(x[layer] if self.fixed else x[layer, :, : self.used]).transpose(1, 2) for x in (self.keys, self.values)]
 
     def keep(self, rows):
         """Forgets every row that is not in `rows`: finished ones need no more steps."""
         self.keys, self.values, self.branch = self.keys[:, rows], self.values[:, rows], self.branch[rows]
+
+
+class Sight(NamedTuple):
+    """What the n columns of one forward see, and where their keys and values are kept if anybody wants them later."""
+    sees: list | torch.Tensor | BlockMask        # a mask a row; or one mask (B,1,T,S) over the cache; or FlexAttention's
+    cache: Cache | None = None
+    places: torch.Tensor | None = None           # (n,)
+
+
+def lay_out(branch, flex):
+    """Rows end to end without their padding.  branch (B,T)  ->  the columns kept, (n,) indices into (B*T), and what they see
+
+    flex: FlexAttention's block mask, which skips what nobody sees; it wants n in blocks of 128, so the last column is repeated
+    and the copies belong to no row. Else one dense mask a row, so that no row is as wide as the longest.
+    """
+    real = branch >= 0
+    index = real.flatten().nonzero().squeeze(1)
+    if not flex:
+        rows = [row[keep][None] for row, keep in zip(branch, real)]
+        return index, [visible(row, row) for row in rows]
+    row, own = index // branch.shape[1], branch.flatten()[index]
+    more = -len(index) % 128
+    index, row, own = torch.cat([index, index[-1:].expand(more)]), F.pad(row, (0, more), value=-1), F.pad(own, (0, more))
+    rule = lambda b, h, i, j: (row[i] == row[j]) & (j <= i) & ((own[j] == 0) | (own[j] == own[i]))
+    return index, create_block_mask(rule, None, None, len(index), len(index), device=branch.device)
+
+
+@functools.cache
+def flex_kernel(device):
+    """FlexAttention, compiled where it has a kernel for training."""
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+@torch.compiler.disable
+def attend(query, key, value, sight, layer):
+    """Each column looks at those it sees.  query (n,H,d), key, value (n,G,d)  ->  (n,H*d)"""
+    shared = query.shape[1] > key.shape[1]                               # grouped-query attention
+    if sight.cache is not None:
+        sight.cache.write(layer, sight.places, key, value)
+    across = lambda x: x.transpose(0, 1)[None]                           # (n,H,d) -> (1,H,n,d)
+    if isinstance(sight.sees, torch.Tensor):
+        query, (key, value) = query.unflatten(0, (len(sight.sees), -1)).transpose(1, 2), sight.cache.read(layer)       # (B,H,T,d)
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=sight.sees, enable_gqa=shared)
+        return y.transpose(1, 2).flatten(0, 1).flatten(1)
+    if isinstance(sight.sees, BlockMask):
+        y = flex_kernel(query.device.type)(across(query), across(key), across(value), block_mask=sight.sees, enable_gqa=shared)
+    else:
+        rows = zip(*(across(x).split([mask.shape[-1] for mask in sight.sees], 2) for x in (query, key, value)), sight.sees)
+        y = torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared) for q, k, v, mask in rows], 2)
+    return y[0].transpose(0, 1).flatten(1)
 
 
 def rope_frequencies(config):
@@ -117,7 +187,7 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (i, i + d/2) of a head by its angle; the halves are Hugging Face's layout.  x (B,heads,T,d), cos, sin (B,1,T,d/2)"""
+    """Turns each pair (i, i + d/2) of a head by its angle; the halves are Hugging Face's layout.  x (n,heads,d), cos, sin (n,1,d/2)"""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -141,16 +211,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.groups * self.d, bias=False)
         self.o_proj = nn.Linear(self.heads * self.d, config.hidden_size, bias=False)
 
-    def forward(self, x, mask, cos, sin, cache, layer):
-        B, T, _ = x.shape
-        query = rotate(self.q_proj(x).view(B, T, self.heads, self.d).transpose(1, 2), cos, sin)     # (B,H,T,d)
-        key = rotate(self.k_proj(x).view(B, T, self.groups, self.d).transpose(1, 2), cos, sin)      # (B,G,T,d)
-        value = self.v_proj(x).view(B, T, self.groups, self.d).transpose(1, 2)                      # (B,G,T,d)
-        if cache is not None:
-            key, value = cache.extend(layer, key, value)                                            # (B,G,S,d)
-        shared = self.groups < self.heads
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=shared)    # (B,H,T,d)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x, cos, sin, sight, layer, only=None):
+        query, key, value = (y.unflatten(1, (-1, self.d)) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))   # (n,H,d), (n,G,d)
+        y = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, sight, layer)      # (n,H*d)
+        return self.o_proj(y if only is None else y[only])
 
 
 class FeedForward(nn.Module):
@@ -174,13 +238,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x, mask, cos, sin, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin, cache, layer)
+    def forward(self, x, cos, sin, sight, layer, only=None):
+        """x (n,D) -> (n,D); after the last attention nobody needs the columns that are not in `only` (m,): -> (m,D)"""
+        x = (x if only is None else x[only]) + self.self_attn(self.input_layernorm(x), cos, sin, sight, layer, only)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
     family, prefix = "llama", "model."           # how a checkpoint calls the trunk
+    flex = False                                 # FlexAttention instead of dense masks
+    recompute = False                            # keep no activations but each block's input: less memory, a third more work
     Config = LlamaConfig
 
     def __init__(self, config):
@@ -199,27 +266,42 @@ class Llama(nn.Module):
     def final_norm(self):
         return self.norm
 
-    def new_cache(self, rows, columns):
-        return Cache(self.config.num_hidden_layers, rows, columns, self.embed_tokens.weight.device)
+    @property
+    def blocks(self):
+        return self.layers
 
-    def hidden(self, tokens, positions, branch, cache=None):
-        """Final hidden states, after the last norm.  tokens, positions, branch (B,T) int64  ->  (B,T,D)
+    def new_cache(self, rows, columns, fixed=False):
+        return Cache(self.config.num_hidden_layers, rows, columns, self.embed_tokens.weight.device, fixed)
 
+    def hidden(self, tokens, positions, branch, cache=None, at=None):
+        """Final hidden states, after the last norm.  tokens, positions, branch (B,T) int64  ->  (B,T,D), 0 at padding
+
+        at: indices (m,) into the B*T columns, of those that are wanted; the others skip what only they need  ->  (m,D)
         With a cache the T columns stand behind those it holds, and are added to it.
         """
-        seen = branch
-        if cache is not None:
-            cache.branch[:, cache.length : cache.length + tokens.shape[1]] = branch
-            seen = cache.branch[:, : cache.length + tokens.shape[1]]
-        mask = visible(branch, seen)                                   # (B,1,T,S)
-        x = self.embed_tokens(tokens)                                  # (B,T,D)
-        angle = positions[:, None, :, None] * self.frequencies.to(x.device)       # (B,1,T,d/2) float32
+        B, T = tokens.shape
+        behind = cache is not None and cache.used > 0                  # K new columns a row, none of them padding
+        places, sees = cache.extend(branch) if cache is not None else (None, None)
+        index = None
+        if not behind:
+            index, sees = lay_out(branch, self.flex and cache is None)
+            places = places if places is None else places[index]
+        pick = (lambda x: x.flatten()) if index is None else (lambda x: x.flatten()[index])
+        only = at if at is None or index is None else torch.searchsorted(index, at)
+        sight, last = Sight(sees, cache, places), len(self.blocks) - 1
+        x = self.embed_tokens(pick(tokens))                            # (n,D)
+        angle = pick(positions)[:, None, None] * self.frequencies.to(x.device)    # (n,1,d/2) float32
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        for layer, block in enumerate(self.layers):
-            x = block(x, mask, cos, sin, cache, layer)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        return self.norm(x)
+        for layer, block in enumerate(self.blocks):
+            how = (x, cos, sin, sight, layer, only if layer == last else None)
+            x = checkpoint(block, *how, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(*how)
+        x = self.norm(x)
+        if at is not None:
+            return x
+        if index is not None:
+            n = int((branch >= 0).sum())
+            x = x.new_zeros(B * T, x.shape[1]).index_copy(0, index[:n], x[:n])
+        return x.view(B, T, -1)
 
     def logits(self, hidden):
         """Next-token logits for chosen columns alone: the head is the widest matrix, most columns never need it.  (...,D) -> (...,V)"""

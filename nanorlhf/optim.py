@@ -5,9 +5,11 @@ MAX_GRAD_NORM = 1.0
 
 
 def adamw(model, lr, eps=1e-8):
-    """AdamW without weight decay. PPO takes eps 1e-5, as its reference code: tiny second moments make wild steps."""
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=fused)
+    """AdamW without weight decay. PPO takes eps 1e-5, as its reference code: tiny second moments make wild steps.
+
+    fused: one pass over memory instead of eight, on CPUs too.
+    """
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
 
 
 def learning_rate(lr, step, steps, schedule, warmup=0):

@@ -304,8 +304,10 @@ def test_no_response_at_all():
 # ----------------------------------------------------------------------------------------------------------- the plan
 
 def test_micro_batches_by_hand():
-    # longest first: 9 | then 5 5 4 (3 rows of 5 = 15 <= 16), then 3 3 2 1 (4 rows of 3 = 12)
-    assert micro_batches([3, 9, 5, 1, 5, 4, 2, 3], 16) == [[1], [2, 4, 5], [0, 7, 6, 3]]
+    # longest first: 9 + 5 (another 5 makes 19 > 16), 5 + 4 + 3 + 3 = 15, 2 + 1
+    assert micro_batches([3, 9, 5, 1, 5, 4, 2, 3], 16) == [[1, 2], [4, 5, 0, 7], [6, 3]]
+    # padded: 9 alone (two of 9 make 18), then 5 5 4 (3 rows of 5 = 15), then 3 3 2 1 (4 rows of 3 = 12)
+    assert micro_batches([3, 9, 5, 1, 5, 4, 2, 3], 16, padded=True) == [[1], [2, 4, 5], [0, 7, 6, 3]]
     assert micro_batches([8, 8], 16) == [[0, 1]] and micro_batches([8, 8], 15) == [[0], [1]]      # the bound itself is allowed
     assert micro_batches([], 16) == []
 
@@ -314,13 +316,13 @@ def test_micro_batches_at_random():
     draw = random.Random(0)
     for _ in range(300):
         columns, limit = [draw.randint(1, 60) for _ in range(draw.randint(0, 40))], draw.randint(1, 200)
-        plan = micro_batches(columns, limit)
-        assert sorted(i for part in plan for i in part) == list(range(len(columns)))
-        for part in plan:
-            assert part and (len(part) * max(columns[i] for i in part) <= limit or len(part) == 1)    # padding included
-        assert plan == micro_batches(list(columns), limit)
-        packed = sum(len(part) * max(columns[i] for i in part) for part in plan)
-        assert packed <= len(columns) * max(columns, default=0)                       # never more padding than one big batch
+        for padded in (False, True):
+            plan = micro_batches(columns, limit, padded)
+            assert sorted(i for part in plan for i in part) == list(range(len(columns)))
+            cost = [len(part) * max(columns[i] for i in part) if padded else sum(columns[i] for i in part) for part in plan]
+            assert all(part and (size <= limit or len(part) == 1) for part, size in zip(plan, cost))
+            assert plan == micro_batches(list(columns), limit, padded)
+            assert sum(cost) <= len(columns) * max(columns, default=0)                # never more padding than one big batch
 
 
 @pytest.mark.parametrize("n, groups", [(10, 3), (7, 7), (5, 8), (1, 4), (12, 4)])
@@ -437,7 +439,7 @@ def test_ahead_yields_the_plan():
     for batch, part in zip(found, plan):
         expected = pack_rows([rows[i] for i in part])
         assert all(torch.equal(getattr(batch, f.name), getattr(expected, f.name)) for f in dataclasses.fields(batch))
-        assert batch.tokens.shape[0] * batch.tokens.shape[1] <= 40 or len(part) == 1
+        assert sum(rows[i].columns for i in part) <= 40 or len(part) == 1
     assert list(ahead(rows, [], torch.device("cpu"))) == []
 
 
