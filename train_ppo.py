@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, dist, generate, optim, ppo
+from nanorlhf import checkpoint, data, dist, generate, optim, ppo, speed
 from nanorlhf.batching import Row, ahead, context_limit, encode_all, micro_batches, order, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Policy
@@ -25,7 +25,7 @@ EVAL_PROMPTS = 64          # held-out prompts, one response each, the same draws
 SAMPLE_PROMPTS = 3         # of them, how many are shown
 
 SHOWN = ("score", "kl", "entropy", "response_length", "eos_rate", "distinct",
-         "ratio_first", "clip_fraction", "value_explained", "seconds")   # on the progress line
+         "ratio_first", "clip_fraction", "value_explained", "share", "seconds")   # on the progress line
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Config:
     schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
     seed: int = 0                                   # of prompts, draws and minibatches
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32 under bfloat16
+    compile: bool = False                           # torch.compile the blocks, on CUDA with FlexAttention; the first steps then take minutes
+    recompute: bool = False                         # activation checkpointing: less memory, a third more work
     device: str = "auto"                            # cpu, cuda, cuda:1; auto takes CUDA where there is one
     eval_every: int = 20                            # rollouts between evaluations
     save_every: int = 20                            # rollouts between saves
@@ -172,6 +174,12 @@ def describe(rollout, rewards, kl_coef):
             "eos_rate": rollout.ended.double().mean().item(), "distinct": distinct / responses}
 
 
+def operations(policy, reward, rollout, epochs):
+    """What a step needs: sampling, one look of policy and reference each, the reward model, and forward and backward (twice it) in each epoch."""
+    scored = 0 if isinstance(reward, FunctionReward) else speed.forward_operations(reward.model.trunk, rollout.rows, head=False)
+    return (3 + 3 * epochs) * speed.forward_operations(policy, rollout.rows, head=True) + scored
+
+
 def complain(numbers, config, step, log):
     """Says in words what is wrong when a number shows it."""
     far = abs(numbers["ratio_first"] - 1)
@@ -230,7 +238,8 @@ def main(config):
             Log.warn(f"{config.reward} has no normalisation (its run did not finish): rewards are its raw outputs")
         about = f"{reward.model.trunk.family}, {config.statistic} of {reward.model.score.out_features} outputs, map {reward.map}, " \
                 f"less {reward.mean:.4f}, over {reward.std:.4f}"
-    optimizer = optim.adamw(policy, config.lr, ADAM_EPS)
+    speed.tune(trunk, device, config.compile, config.recompute)
+    optimizer, meter = optim.adamw(policy, config.lr, ADAM_EPS), speed.Meter(trunk, device, config.dtype)
     found = data.load(config.data)
     limit = context_limit(config.max_length, trunk.config.context)
     if config.max_new >= limit:
@@ -250,7 +259,7 @@ def main(config):
            objective=f"score - beta KL, beta {config.kl_coef}{f' adapted to {config.kl_target} nats' if config.kl_target else ''}, gamma {config.gamma}, "
                      f"lambda {config.lam}, clip {config.clip}, temperature {config.temperature}",
            numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, eps {ADAM_EPS}, "
-                   f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0")
+                   f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0", machine=meter)
     first, kl_coef = 0, config.kl_coef
     if resuming:
         state = checkpoint.load_state(config.out, policy, optimizer)
@@ -274,8 +283,8 @@ def main(config):
         numbers.update(update(policy, optimizer, rollout, config, device, step, lr))
         if config.kl_target:
             kl_coef = ppo.adapt_kl_coef(kl_coef, numbers["kl"], config.kl_target, rollout.scores.numel(), config.kl_horizon)
-        seconds, tokens = time.time() - began, sum(row.columns for row in rollout.rows)
-        log.step(step, **numbers, tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds, lr=lr)
+        log.step(step, **numbers, lr=lr, **meter(rollout.rows, micro_batches([row.columns for row in rollout.rows], config.max_tokens),
+                                                 operations(trunk, reward, rollout, numbers["updates"] / config.minibatches), time.time() - began))
         complain(numbers, config, step, log)
 
         done = step + 1 == config.steps

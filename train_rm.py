@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, dist, losses, optim
+from nanorlhf import checkpoint, data, dist, losses, optim, speed
 from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, order, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Scorer
@@ -46,6 +46,8 @@ class Config:
     schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
     seed: int = 0                                   # of weights and order
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32 under bfloat16
+    compile: bool = False                           # torch.compile the blocks, on CUDA with FlexAttention; the first steps then take minutes
+    recompute: bool = False                         # activation checkpointing: less memory, a third more work
     device: str = "auto"                            # cpu, cuda, cuda:1; auto takes CUDA where there is one
     eval_every: int = 50                            # steps between evaluations
     save_every: int = 50                            # steps between saves
@@ -163,7 +165,8 @@ def main(config):
     scorer = Scorer(trunk, config.quantiles if config.loss == "quantile" else 1)
     scorer.draw_head()
     scorer = scorer.to(device, torch.float64 if config.dtype == "float64" else torch.float32)
-    optimizer = optim.adamw(scorer, config.lr)
+    speed.tune(trunk, device, config.compile, config.recompute)
+    optimizer, meter = optim.adamw(scorer, config.lr), speed.Meter(trunk, device, config.dtype)
     reward_model = RewardModel(scorer, tok, "tanh_half" if config.loss == "classification" else "identity", max_length=limit)
 
     header(f"train_rm: a reward model by {config.loss}",
@@ -174,7 +177,7 @@ def main(config):
                 f"{config.steps * config.groups / len(rows):.2f} epochs",
            numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "
                    f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
-           loss={"ranking": f"-log sigmoid of every pair's margin, pairs {config.pairs}", "classification": "BCE, good and bad equal within a group",
+           machine=meter, loss={"ranking": f"-log sigmoid of every pair's margin, pairs {config.pairs}", "classification": "BCE, good and bad equal within a group",
                  "quantile": f"{config.rank_coef} ranking of means + {config.quantile_coef} quantile Huber, kappa {config.kappa}, target "
                              f"{config.quantile_target}"}[config.loss] + f"; labels {config.labels}")
     if resuming:
@@ -183,7 +186,7 @@ def main(config):
     else:
         first = 0
     checkpoint.begin(config, "train_rm", config.init)           # again where it resumes: --steps may be more than before
-    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens", "seconds"))
+    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens_per_second", "share", "seconds"))
     if first == 0 and held_rows:
         log.evaluation(-1, **evaluate(scorer, held_rows, config, device)[0])
 
@@ -200,7 +203,7 @@ def main(config):
             loss += part.item()
         lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
         norm = optim.update(scorer, optimizer, lr)
-        log.step(step, loss=loss, tokens=sum(row.columns for row in chosen), seconds=time.time() - began, lr=lr, grad_norm=norm)
+        log.step(step, loss=loss, lr=lr, grad_norm=norm, **meter(chosen, plan, 3 * speed.forward_operations(trunk, chosen, head=False), time.time() - began))
 
         done = step + 1 == config.steps
         if held_rows and (done or (step + 1) % config.eval_every == 0):

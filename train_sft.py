@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, dist, generate, optim
+from nanorlhf import checkpoint, data, dist, generate, optim, speed
 from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Policy
@@ -36,6 +36,8 @@ class Config:
     schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
     seed: int = 0                                   # of weights, order and samples
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; weights and optimizer stay float32 under bfloat16
+    compile: bool = False                           # torch.compile the blocks, on CUDA with FlexAttention; the first steps then take minutes
+    recompute: bool = False                         # activation checkpointing: less memory, a third more work
     device: str = "auto"                            # cpu, cuda, cuda:1; auto takes CUDA where there is one
     eval_every: int = 50                            # steps between evaluations
     save_every: int = 50                            # steps between saves
@@ -81,7 +83,8 @@ def main(config):
     if not rows:
         raise InputError(f"--data {config.data}: no group left to train on ({dict(+(found.dropped + reasons))})")
     policy = Policy(trunk).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
-    optimizer = optim.adamw(policy, config.lr)
+    speed.tune(trunk, device, config.compile, config.recompute)
+    optimizer, meter = optim.adamw(policy, config.lr), speed.Meter(trunk, device, config.dtype)
 
     header("train_sft: a supervised policy",
            model=f"{trunk.family}, {sum(p.numel() for p in policy.parameters()):,} parameters, {source}, context {trunk.config.context}",
@@ -91,14 +94,14 @@ def main(config):
                 f"{config.steps * config.groups / len(rows):.2f} epochs",
            numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "
                    f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
-           loss="mean over response tokens and EOS of the whole step")
+           machine=meter, loss="mean over response tokens and EOS of the whole step")
     if resuming:
         first = checkpoint.load_state(config.out, policy, optimizer)["step"]
         print(f"resuming at step {first}")
     else:
         first = 0
     checkpoint.begin(config, "train_sft", config.init)           # again where it resumes: --steps may be more than before
-    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens", "seconds"))
+    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens_per_second", "share", "seconds"))
     if first == 0 and held_rows:
         log.evaluation(-1, eval_loss=evaluate(policy, held_rows, config, device))
 
@@ -116,7 +119,7 @@ def main(config):
             loss += part.item()
         lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
         norm = optim.update(policy, optimizer, lr)
-        log.step(step, loss=loss, tokens=sum(row.columns for row in chosen), seconds=time.time() - began, lr=lr, grad_norm=norm)
+        log.step(step, loss=loss, lr=lr, grad_norm=norm, **meter(chosen, plan, 3 * speed.forward_operations(trunk, chosen, head=True), time.time() - began))
 
         done = step + 1 == config.steps
         if held_rows and (done or (step + 1) % config.eval_every == 0):

@@ -18,8 +18,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _comments(cls):
-    """The trailing comment of each field's line, field by name."""
-    found = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE)
+    """The trailing comment of each field's line, field by name; a field may come from a dataclass that cls extends."""
+    source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base))
+    found = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.MULTILINE)
     return {name: comment.replace("%", "%%") for name, comment in found}
 
 

@@ -6,12 +6,19 @@ prompt's sample says does not depend on which other prompts are in the batch.
 
 B prompts, K samples each, R new tokens at most, P prompt columns, V vocabulary.
 """
+import contextlib
+import functools
+
 import numpy as np
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .batching import micro_batches
 
 ROLLOUT, EVALUATION, SAMPLE, MINIBATCH = 2, 3, 4, 5    # purposes: streams of random numbers that never meet (1 is batching.SHUFFLE)
+
+LARGE = 10_000_000         # parameters that no cache holds: below it Python's share of a step is what counts
 
 
 def uniforms(seed, purpose, step, index, sample, n):
@@ -26,7 +33,7 @@ def distribution(logits, temperature, top_p):
     top_p keeps the fewest most likely tokens that hold at least top_p of the mass. No sort unless it is asked for.
     """
     assert temperature > 0 and top_p > 0, (temperature, top_p)         # top_p 0 would keep no token: 0 / 0
-    probs = torch.softmax(logits.double() / temperature, -1)
+    probs = torch.softmax(logits if temperature == 1 else logits.double() / temperature, -1, dtype=torch.float64)
     if top_p < 1:
         ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered                          # mass of the likelier ones
@@ -43,19 +50,55 @@ def draw(logits, u, temperature=1.0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = distribution(logits, temperature, top_p)
-    below = (probs.cumsum(-1) <= u.unsqueeze(-1)).sum(-1)
-    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)     # rounding may leave the CDF short of u
-    return torch.minimum(below, last)
+    cdf = distribution(logits, temperature, top_p).cumsum(-1)
+    total = cdf[..., -1:]                                              # rounding may leave it short of u
+    return torch.searchsorted(cdf, torch.minimum(u.unsqueeze(-1), torch.nextafter(total, total - 1)), right=True).squeeze(-1)
+
+
+class FewRows(TorchFunctionMode):
+    """float32 products of a few rows by oneDNN: MKL packs the whole weight for them anew, which takes twice the time of reading it."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is F.linear and len(arguments) == 2 and not named:
+            return torch.ops.mkldnn._linear_pointwise(*arguments, None, "none", [], "")
+        if function is torch.addmm and not named:
+            bias, x, weight = arguments
+            return torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
+        return function(*arguments, **(named or {}))
+
+
+def products(model):
+    """The context in which a model's decoding is fastest: oneDNN's products for large float32 weights on a CPU, else nothing."""
+    weights = list(model.parameters())
+    fits = weights[0].device.type == "cpu" and {w.dtype for w in weights} == {torch.float32} and not torch.is_autocast_enabled("cpu")
+    large = sum(w.numel() for w in weights) >= LARGE
+    return FewRows() if fits and large and torch.backends.mkldnn.is_available() else contextlib.nullcontext()
+
+
+def step(model, cache, new, ends, u, r, samples, temperature, top_p):
+    """From token r of every sample to token r + 1, in place: new (rows,K) and r (), a tensor, since a CUDA graph repeats this as it is."""
+    hidden = model.hidden(new, (ends + r)[:, None].expand_as(new), samples[: len(new)], cache)
+    r += 1
+    new.copy_(draw(model.logits(hidden), u.index_select(2, r[None]).squeeze(2), temperature, top_p))
+
+
+def captured(work):
+    """What `work` launches on the GPU, recorded once and repeated without Python. The recording itself computes nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 @torch.no_grad()
-def extend(model, prompts, u, eos_id, temperature=1.0, top_p=1.0):
+def extend(model, prompts, u, eos_id, temperature=1.0, top_p=1.0, fixed=None):
     """Continues each of B prompts K times, up to EOS or R tokens.
 
     prompts: B lists of ids;  u (B,K,R) float64, the draws  ->  (tokens (B,K,R) int64, lengths (B,K)), EOS included.
+    fixed: every step on the same memory, as a CUDA graph needs it (default: on CUDA); else finished rows leave the batch.
     """
     device = next(model.parameters()).device
+    fixed = device.type == "cuda" if fixed is None else fixed
     u = torch.as_tensor(u, device=device)
     (B, K, R), longest = u.shape, max(map(len, prompts))
     ends = torch.tensor([len(prompt) for prompt in prompts], device=device)            # (B,)
@@ -64,27 +107,29 @@ def extend(model, prompts, u, eos_id, temperature=1.0, top_p=1.0):
         tokens[b, :len(prompt)], branch[b, :len(prompt)] = torch.tensor(prompt), 0
     positions = torch.arange(longest, device=device) * (branch == 0).to(device)
 
-    cache = model.new_cache(B, longest + K * (R - 1))
+    cache = model.new_cache(B, longest + K * (R - 1), fixed)
     last = torch.arange(B, device=device) * longest + ends - 1
     hidden = model.hidden(tokens.to(device), positions, branch.to(device), cache, at=last)       # (B,D): the prompt, once
-    logits = model.logits(hidden)[:, None].expand(B, K, -1)
-
+    new = draw(model.logits(hidden)[:, None].expand(B, K, -1), u[:, :, 0], temperature, top_p)   # (B,K)
     out = torch.zeros(B, K, R, dtype=torch.long, device=device)
     lengths = torch.full((B, K), R, device=device)
-    alive = torch.arange(B, device=device)                                             # rows with an unfinished sample
-    samples = torch.arange(1, K + 1, device=device).expand(B, K)                       # branch of each new column
+    alive, at = torch.arange(B, device=device), torch.zeros((), dtype=torch.long, device=device)       # rows with an unfinished sample
+    samples, replay = torch.arange(1, K + 1, device=device).expand(B, K), None         # branch of each new column
     for r in range(R):
-        new = draw(logits, u[alive, :, r], temperature, top_p)                         # (rows,K)
         out[alive, :, r] = new
         lengths[alive] = torch.where((new == eos_id) & (lengths[alive] == R), r + 1, lengths[alive])
         going = (lengths[alive] == R).any(-1)
         if r == R - 1 or not going.any():
             break
-        if not going.all():
-            alive, new = alive[going], new[going]
+        if not fixed and not going.all():
+            alive, new, ends, u = alive[going], new[going], ends[going], u[going]
             cache.keep(going)
-        hidden = model.hidden(new, (ends[alive, None] + r).expand(-1, K), samples[: len(alive)], cache)
-        logits = model.logits(hidden)                                                  # (rows,K,V)
+        work = functools.partial(step, model, cache, new, ends, u, at, samples, temperature, top_p)
+        if device.type == "cuda" and r > 0:                   # the first step is done by hand: it warms the kernels up
+            replay = replay or captured(work)
+            replay()
+        else:
+            work()
     return out, lengths
 
 
@@ -96,7 +141,8 @@ def sample(model, prompts, indices, k, max_new, eos_id, seed, purpose, step, tem
     found = [None] * len(prompts)
     for part in micro_batches([len(prompt) + k * max_new for prompt in prompts], max_tokens, padded=True):
         u = np.stack([[uniforms(seed, purpose, step, indices[i], first + s, max_new) for s in range(k)] for i in part])
-        tokens, lengths = (x.tolist() for x in extend(model, [prompts[i] for i in part], u, eos_id, temperature, top_p))
+        with products(model):
+            tokens, lengths = (x.tolist() for x in extend(model, [prompts[i] for i in part], u, eos_id, temperature, top_p))
         for b, i in enumerate(part):
             found[i] = [tokens[b][s][: lengths[b][s]] for s in range(k)]
     return found

@@ -66,29 +66,32 @@ class Cache:
     def __init__(self, layers, rows, columns, device, fixed=False):
         self.branch = torch.full((rows, columns), -1, device=device)
         self.length = torch.zeros((), dtype=torch.long, device=device)      # columns in use; `used` is the same number on the host
-        self.keys = self.values = None           # (layers,B,columns,G,d), born with the first key, in its number format
+        self.keys = self.values = None           # (layers,B,G,columns,d), born with the first key, in its number format
         self.layers, self.fixed, self.used = layers, fixed, 0
 
     def extend(self, branch):
-        """Takes in T more columns of each row.  branch (B,T)  ->  where they are kept (B*T,), what they see (B,1,T,S)"""
-        (rows, room), T = self.branch.shape, branch.shape[1]
-        places = self.length + torch.arange(T, device=branch.device) + room * torch.arange(rows, device=branch.device)[:, None]
-        self.branch.view(-1)[places] = branch
+        """Takes in T more columns of each row.  branch (B,T)  ->  where they are kept, row and column (B*T,), and what they see (B,1,T,S)"""
+        (rows, _), T = self.branch.shape, branch.shape[1]
+        row = torch.arange(rows, device=branch.device).repeat_interleave(T)
+        column = (self.length + torch.arange(T, device=branch.device)).repeat(rows)
+        self.branch[row, column] = branch.flatten()
         self.used += T
         sees = visible(branch, self.branch if self.fixed else self.branch[:, : self.used], self.length)
         self.length += T
-        return places.flatten(), sees
+        return (row, column), sees
 
     def write(self, layer, places, key, value):
         """key, value (n,G,d) of one layer, to the places that `extend` gave."""
         if self.keys is None:
-            self.keys, self.values = (x.new_zeros(self.layers, *self.branch.shape, *x.shape[1:]) for x in (key, value))
-        self.keys[layer].flatten(0, 1)[places] = key
-        self.values[layer].flatten(0, 1)[places] = value
+            (rows, room), (_, G, d) = self.branch.shape, key.shape
+            self.keys, self.values = key.new_zeros(2, self.layers, rows, G, room, d)
+        row, column = places
+        self.keys[layer][row, :, column] = key
+        self.values[layer][row, :, column] = value
 
     def read(self, layer):
         """-> keys, values (B,G,S,d)"""
-        return [(x[layer] if self.fixed else x[layer, :, : self.used]).transpose(1, 2) for x in (self.keys, self.values)]
+        return [x[layer] if self.fixed else x[layer, :, :, : self.used] for x in (self.keys, self.values)]
 
     def keep(self, rows):
         """Forgets every row that is not in `rows`: finished ones need no more steps."""
@@ -99,7 +102,7 @@ class Sight(NamedTuple):
     """What the n columns of one forward see, and where their keys and values are kept if anybody wants them later."""
     sees: list | torch.Tensor | BlockMask        # a mask a row; or one mask (B,1,T,S) over the cache; or FlexAttention's
     cache: Cache | None = None
-    places: torch.Tensor | None = None           # (n,)
+    places: tuple | None = None                  # row and column of each, (n,)
 
 
 def lay_out(branch, flex):
@@ -126,17 +129,29 @@ def flex_kernel(device):
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
 
 
+def attend_cache(query, sight, layer):
+    """T columns a row look at what the cache holds.  query (B*T,H,d)  ->  (B*T,H*d)
+
+    Written out, as the few queries of a decoding step take longer to call a fused kernel than to compute; the H / G query heads
+    of a key head stand side by side with the T columns, so that nothing is copied.
+    """
+    (B, _, T, _), (key, value) = sight.sees.shape, sight.cache.read(layer)
+    G, d = key.shape[1], key.shape[3]
+    query = query.view(B, T, G, -1, d).permute(0, 2, 3, 1, 4).reshape(B, G, -1, d) * d ** -0.5         # (B,G,H/G*T,d)
+    weight = (query @ key.transpose(-1, -2)).unflatten(2, (-1, T))                                     # (B,G,H/G,T,S)
+    weight = weight.masked_fill(~sight.sees[:, :, None], float("-inf")).softmax(-1).flatten(2, 3)
+    return (weight @ value).view(B, G, -1, T, d).permute(0, 3, 1, 2, 4).reshape(B * T, -1)
+
+
 @torch.compiler.disable
 def attend(query, key, value, sight, layer):
     """Each column looks at those it sees.  query (n,H,d), key, value (n,G,d)  ->  (n,H*d)"""
-    shared = query.shape[1] > key.shape[1]                               # grouped-query attention
     if sight.cache is not None:
         sight.cache.write(layer, sight.places, key, value)
-    across = lambda x: x.transpose(0, 1)[None]                           # (n,H,d) -> (1,H,n,d)
     if isinstance(sight.sees, torch.Tensor):
-        query, (key, value) = query.unflatten(0, (len(sight.sees), -1)).transpose(1, 2), sight.cache.read(layer)       # (B,H,T,d)
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=sight.sees, enable_gqa=shared)
-        return y.transpose(1, 2).flatten(0, 1).flatten(1)
+        return attend_cache(query, sight, layer)
+    shared = query.shape[1] > key.shape[1]                               # grouped-query attention
+    across = lambda x: x.transpose(0, 1)[None]                           # (n,H,d) -> (1,H,n,d)
     if isinstance(sight.sees, BlockMask):
         y = flex_kernel(query.device.type)(across(query), across(key), across(value), block_mask=sight.sees, enable_gqa=shared)
     else:
@@ -234,11 +249,11 @@ class GPT2(nn.Module):
         """
         B, T = tokens.shape
         behind = cache is not None and cache.used > 0                  # K new columns a row, none of them padding
-        places, sees = cache.extend(branch) if cache is not None else (None, None)
+        places, sees = cache.extend(branch) if cache else (None, None)
         index = None
         if not behind:
             index, sees = lay_out(branch, self.flex and cache is None)
-            places = places if places is None else places[index]
+            places = cache and tuple(place[index] for place in places)
         pick = (lambda x: x.flatten()) if index is None else (lambda x: x.flatten()[index])
         only = at if at is None or index is None else torch.searchsorted(index, at)
         sight, last = Sight(sees, cache, places), len(self.blocks) - 1

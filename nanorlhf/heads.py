@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-
+from torch.utils.checkpoint import checkpoint
 
 START = 0.2                # deviation of a new reward head's first scores
+CHUNK = 1024               # logits that exist at once: 200 MB in float32 with GPT-2's vocabulary
 
 
 class PolicyOutput(NamedTuple):
@@ -48,21 +49,30 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
+    def read(self, hidden, tokens, temperature, entropy):
+        """Log-probabilities of `tokens` (n,), and entropies or None, from hidden states (n,D); float32 or better from the softmax on."""
+        logits = self.trunk.logits(hidden)                                            # (n,V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        return -F.cross_entropy(logits, tokens, reduction="none"), None if entropy is None else entropy(logits)
+
     def forward(self, batch, temperature=1.0, entropy=None):
         """Log-probability of every response token at this temperature, its value, and by `entropy(logits)` its entropy.
 
-        Logits are computed for response tokens alone (n of them), in float32 or better from the softmax on.
+        Logits are computed for response tokens alone (n of them), CHUNK at a time where there are more: their backward computes
+        them again, so that never more than CHUNK x V of them exist.
         """
-        read = columns(batch, batch.predictor)[batch.mask]                            # (n,)
-        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch, at=read)      # (n,D)
-        logits = self.trunk.logits(hidden)                                            # (n,V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        at = columns(batch, batch.predictor)[batch.mask]                              # (n,)
+        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch, at=at)        # (n,D)
+        chunks = list(zip(hidden.split(CHUNK), batch.responses[batch.mask].split(CHUNK)))
+        again = len(chunks) > 1 and torch.is_grad_enabled()
+        found = [checkpoint(self.read, *chunk, temperature, entropy, use_reentrant=False) if again else self.read(*chunk, temperature, entropy)
+                 for chunk in chunks]
         back = lambda x: torch.zeros(batch.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(batch.mask, x)
-        logprobs = back(-F.cross_entropy(logits, batch.responses[batch.mask], reduction="none"))
+        logprobs, entropies = (None if parts[0] is None else back(torch.cat(parts)) for parts in zip(*found))
         values = None
         if self.value_head is not None:
             values = back(precise(self.value_head, hidden.detach() if self.detach_value else hidden).squeeze(-1))
-        return PolicyOutput(logprobs, None if entropy is None else back(entropy(logits)), values)
+        return PolicyOutput(logprobs, entropies, values)
 
 
 class Scorer(nn.Module):
@@ -85,6 +95,6 @@ class Scorer(nn.Module):
 
     def forward(self, batch):
         """Raw outputs (B,K,N); what stands at a response that is not `valid` is meaningless."""
-        read = columns(batch, batch.last)                                             # (B,K)
-        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch, at=read.flatten())    # (B*K,D)
-        return precise(self.score, hidden.view(*read.shape, -1))                      # (B,K,N)
+        at = columns(batch, batch.last)                                               # (B,K)
+        hidden = self.trunk.hidden(batch.tokens, batch.positions, batch.branch, at=at.flatten())      # (B*K,D)
+        return precise(self.score, hidden.view(*at.shape, -1))                      # (B,K,N)

@@ -23,11 +23,13 @@ def update(model, optimizer, lr):
 
     A gradient that is not finite stops the run (FloatingPointError): one such step would make every weight NaN.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item()
+    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
     if not norm < float("inf"):
-        raise FloatingPointError(f"the gradient's norm is {norm}")
+        raise FloatingPointError(f"the gradient's norm is {norm.item()}")
+    if norm > MAX_GRAD_NORM:                     # else a pass over all gradients would multiply them by 1
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), MAX_GRAD_NORM, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm.item()

@@ -147,7 +147,7 @@ def reward_models(world):
 def test_sft_learns(family, sft, world):
     rows, held = metrics(sft[family]), metrics(sft[family], "eval_loss")
     assert [row["step"] for row in rows] == list(range(120)) and [row["step"] for row in held] == [-1, 59, 119]
-    assert all({"seconds", "tokens", "loss", "grad_norm"} <= row.keys() for row in rows)
+    assert all({"tokens", "loss", "grad_norm", "padding", *MEASURED} <= row.keys() for row in rows)
     assert rows[0]["loss"] > 5 and rows[-1]["loss"] < 1 and held[-1]["eval_loss"] < held[0]["eval_loss"] / 4     # ln 300 = 5.7 at first
     policy = checkpoint.load_policy(sft[family])
     assert policy.trunk.family == family
@@ -192,7 +192,7 @@ def test_reward_model_learns(loss, target, pairs, sampled, world, tmp_path):
     rows, held = metrics(out), metrics(out, "eval_loss")
     average = lambda part: sum(row["loss"] for row in part) / len(part)
     assert average(rows[-5:]) < average(rows[:5]) / 1.5
-    assert all({"seconds", "tokens", "lr", "grad_norm"} <= row.keys() for row in rows)
+    assert all({"tokens", "lr", "grad_norm", "padding", *MEASURED} <= row.keys() for row in rows)
     assert {"eval_loss", "eval_accuracy", "eval_auc"} <= held[-1].keys() and held[-1]["eval_accuracy"] > 0.7
     assert ("eval_crossing" in held[-1]) == (loss == "quantile")
     model = checkpoint.load_reward_model(out)
@@ -218,6 +218,7 @@ def test_any_loss_on_any_labels(loss, target, kind, world, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------------------------ PPO
 
+MEASURED = ("seconds", "tokens_per_second", "share", "memory_gb")                        # what differs from run to run
 PPO_NAMES = {"step", "seconds", "tokens", "score", "score_normalised", "reward", "kl", "kl_k3", "kl_rollout", "entropy", "ratio_first", "clip_fraction",
              "value_clip_fraction", "value_explained", "response_length", "eos_rate", "distinct", "lr", "grad_norm", "kl_coef", "tokens_per_second"}
 
@@ -513,7 +514,7 @@ def test_more_steps_with_a_constant_schedule(world, tmp_path, capsys):
     whole = start(train_sft, out=tmp_path / "whole", **{**flags, "steps": 6})
     part = start(train_sft, out=tmp_path / "part", **{**flags, "steps": 3})
     start(train_sft, out=part, **{**flags, "steps": 6})
-    strip = lambda out: [{key: value for key, value in row.items() if key != "seconds"} for row in metrics(out)]
+    strip = lambda out: [{key: value for key, value in row.items() if key not in MEASURED} for row in metrics(out)]
     assert strip(whole) == strip(part) and [row["step"] for row in metrics(part)] == list(range(6))
     assert tree(whole / "model") == tree(part / "model")
     assert json.loads((part / "config.json").read_text())["flags"]["steps"] == 6
@@ -580,7 +581,7 @@ def test_a_run_that_died_before_its_first_save_starts_again(world, tmp_path, mon
 
 def untimed(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
 
 
 def same_run(whole, other):

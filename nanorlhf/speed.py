@@ -1,0 +1,85 @@
+"""How fast a step is, beside what the machine could do: its matrix product is the limit of all this work.
+
+One column is one token's way through the model. Operations are counted as the mathematics needs them: a multiplication and an
+addition are two; what is computed twice, or for nobody, does not count.
+"""
+import resource
+import sys
+import time
+
+import torch
+
+BLOCK = 128                # FlexAttention computes columns by the block
+BEFORE = ("c_attn", "q_proj", "k_proj", "v_proj")      # of the last block, what every column needs
+
+
+def tune(trunk, device, compile, recompute):
+    """compile: the blocks as fused kernels, on CUDA with FlexAttention; recompute: keep only each block's input for the backward."""
+    trunk.recompute = recompute
+    if compile:
+        trunk.flex = device.type == "cuda"
+        for block in trunk.blocks:
+            block.compile(dynamic=True)
+
+
+def product_rate(device, dtype, repeats=5):
+    """Operations a second of a large matrix product in this number format: the best of a few."""
+    n = 8192 if device.type == "cuda" else 1024
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]
+    own = torch.Generator(device).manual_seed(0)                                       # nobody else's random numbers change
+    a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):                 # the first call sets the library up
+        began = _now(device)
+        a @ b
+        best = min(best, _now(device) - began)
+    return 2 * n**3 / best
+
+
+def _now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def forward_operations(trunk, rows, head):
+    """Operations of one forward over rows (batching.Row).
+
+    head: logits of every response token (a policy); else only each response's last column is read (a reward model). After the last
+    attention nobody needs the other columns.
+    """
+    matrices = [(name, weight.numel()) for name, weight in trunk.blocks.named_parameters() if weight.ndim == 2]
+    last = f"{len(trunk.blocks) - 1}."
+    late = sum(size for name, size in matrices if name.startswith(last) and not any(word in name for word in BEFORE))
+    every = sum(size for _, size in matrices) - late
+    columns = sum(row.columns for row in rows)
+    read = sum(sum(map(len, row.responses)) if head else len(row.responses) for row in rows)
+    seen = sum(len(row.prompt) * (len(row.prompt) + 1) // 2 + sum(len(r) * (len(r) + 1) // 2 + len(r) * len(row.prompt) for r in row.responses)
+               for row in rows)                                                        # pairs of columns that attend
+    table = next(trunk.parameters())                                                   # the embedding, (V,D), as large as the head
+    return 2 * (columns * every + read * late) + 4 * len(trunk.blocks) * trunk.width * seen + 2 * read * table.numel() * head
+
+
+def peak_memory(device):
+    """Greatest memory so far in GB: of the process, or of the tensors on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Meter:
+    """What a training step's log says of its speed."""
+
+    def __init__(self, trunk, device, dtype):
+        self.trunk, self.device, self.limit = trunk, device, product_rate(device, dtype)
+
+    def __str__(self):
+        kind = f"FlexAttention, padded to {BLOCK} columns a micro-batch" if self.trunk.flex else "a dense mask a row, no padding"
+        return f"{self.limit / 1e9:.0f} GFLOP/s in a matrix product, the limit that `share` refers to; attention by {kind}"
+
+    def __call__(self, rows, plan, operations, seconds):
+        """rows of the step, its plan of micro-batches, operations counted, seconds  ->  numbers by name"""
+        sizes = [sum(rows[i].columns for i in part) for part in plan]
+        computed = sum(size + (-size % BLOCK if self.trunk.flex else 0) for size in sizes)
+        return {"tokens": sum(sizes), "tokens_per_second": sum(sizes) / seconds, "padding": 1 - sum(sizes) / computed,
+                "share": operations / seconds / self.limit, "memory_gb": peak_memory(self.device), "seconds": seconds}
