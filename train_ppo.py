@@ -86,15 +86,15 @@ class Rollout:
 
 
 @torch.no_grad()
-def sample(policy, tok, reward, prompts, texts, config, device, purpose, step, k):
+def sample(policy, tok, reward, prompts, texts, config, purpose, step, k):
     """K responses a prompt, as text to the reward, its scores back.  prompts: rows;  texts: all prompts' texts by index  ->  Rollout"""
-    with dist.autocast(device, config.dtype):
+    with dist.arithmetic(policy, config.dtype):
         found = generate.sample(policy.trunk, [row.prompt for row in prompts], [row.index for row in prompts], k, config.max_new, tok.eos_id,
                                 config.seed, purpose, step, config.temperature, max_tokens=config.max_tokens)
     rows = [Row(row.prompt, responses, row.index) for row, responses in zip(prompts, found)]
     ended = torch.tensor([[ids[-1] == tok.eos_id for ids in responses] for responses in found])
     answers = [[tok.decode(ids[:-1] if ids[-1] == tok.eos_id else ids) for ids in responses] for responses in found]
-    with dist.autocast(device, config.dtype):
+    with dist.arithmetic(policy, config.dtype):
         raw = reward.score_texts([texts[row.index] for row in rows], answers, ended.tolist(), normalised=False)
     if not torch.isfinite(raw).all():
         raise InputError(f"the reward model gave NaN or infinity at step {step}; look at its weights")
@@ -111,7 +111,7 @@ def look(policy, reference, rollout, config, device):
     rollout.old_logprobs, rollout.ref_logprobs, rollout.values, rollout.entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
     plan = micro_batches([row.columns for row in rollout.rows], config.max_tokens)
     for part, batch in zip(plan, ahead(rollout.rows, plan, device)):
-        with dist.autocast(device, config.dtype):
+        with dist.arithmetic(policy, config.dtype):
             mine = policy(batch, config.temperature, ppo.entropy)
             theirs = reference(batch, config.temperature)
         for name, found in (("old_logprobs", mine.logprobs), ("ref_logprobs", theirs.logprobs), ("values", mine.values), ("entropy", mine.entropy)):
@@ -139,7 +139,7 @@ def update(policy, optimizer, rollout, config, device, step, lr):
             for chosen, batch in zip(plan, ahead(rows, plan, device)):
                 at, width = [part[i] for i in chosen], batch.mask.shape[-1]
                 known = lambda x: x[at, :, :width].to(device, torch.float64 if config.dtype == "float64" else torch.float32)
-                with dist.autocast(device, config.dtype):
+                with dist.arithmetic(policy, config.dtype):
                     now = policy(batch, config.temperature)
                 old_logprobs = known(rollout.old_logprobs)
                 policy_loss, clipped = ppo.policy_loss(now.logprobs, old_logprobs, known(rollout.advantages), batch.mask, config.clip, count)
@@ -195,7 +195,7 @@ def complain(numbers, config, step, log):
 
 def evaluate(policy, reference, tok, reward, prompts, texts, config, device, step, log):
     """One response to each held-out prompt, with the same draws every time, and a few of them as text."""
-    rollout = sample(policy, tok, reward, prompts, texts, config, device, generate.EVALUATION, 0, 1)
+    rollout = sample(policy, tok, reward, prompts, texts, config, generate.EVALUATION, 0, 1)
     look(policy, reference, rollout, config, device)
     numbers = describe(rollout, add_advantages(rollout, config.kl_coef, config), config.kl_coef)
     names = ("score", "score_normalised", "kl", "entropy", "response_length", "eos_rate")
@@ -275,7 +275,7 @@ def main(config):
     for step in range(first, config.steps):
         began = time.time()
         chosen = [prompts[i] for i in take(len(prompts), config.groups, step, config.seed)]
-        rollout = sample(policy, tok, reward, chosen, texts, config, device, generate.ROLLOUT, step, config.k)
+        rollout = sample(policy, tok, reward, chosen, texts, config, generate.ROLLOUT, step, config.k)
         look(policy, reference, rollout, config, device)
         rewards = add_advantages(rollout, kl_coef, config)
         numbers = describe(rollout, rewards, kl_coef)

@@ -49,15 +49,15 @@ def evaluate(policy, rows, config, device):
     count = sum(len(response) for row in rows for response in row.responses)
     total = 0.0
     for batch in ahead(rows, micro_batches([row.columns for row in rows], config.max_tokens), device):
-        with dist.autocast(device, config.dtype):
+        with dist.arithmetic(policy, config.dtype):
             total += sft_loss(policy(batch).logprobs, batch.mask, count).item()
     return total
 
 
-def show(policy, tok, rows, prompts, step, config, device, log):
+def show(policy, tok, rows, prompts, step, config, log):
     """Continuations of a few held-out prompts at temperature 1, of those that leave room for one."""
     rows = [row for row in rows if len(row.prompt) + SAMPLE_TOKENS <= policy.trunk.config.context][:SAMPLE_PROMPTS]
-    with dist.autocast(device, config.dtype):
+    with dist.arithmetic(policy, config.dtype):
         found = generate.sample(policy.trunk, [row.prompt for row in rows], [row.index for row in rows], 1, SAMPLE_TOKENS, tok.eos_id,
                                 config.seed, generate.EVALUATION, step)
     for row, (ids,) in zip(rows, found):
@@ -113,7 +113,7 @@ def main(config):
         count = sum(len(response) for row in chosen for response in row.responses)     # of the whole step: no mean of means
         loss = 0.0
         for batch in ahead(chosen, plan, device):
-            with dist.autocast(device, config.dtype):
+            with dist.arithmetic(policy, config.dtype):
                 part = sft_loss(policy(batch).logprobs, batch.mask, count)
             part.backward()
             loss += part.item()
@@ -124,7 +124,7 @@ def main(config):
         done = step + 1 == config.steps
         if held_rows and (done or (step + 1) % config.eval_every == 0):
             log.evaluation(step, eval_loss=evaluate(policy, held_rows, config, device))
-            show(policy, tok, held_rows, [group.prompt for group in held_out], step, config, device, log)
+            show(policy, tok, held_rows, [group.prompt for group in held_out], step, config, log)
         if done or stop.asked or (step + 1) % config.save_every == 0:
             checkpoint.save_policy(Path(config.out) / "model", policy, tok)
             checkpoint.save_state(config.out, policy, optimizer, step + 1)

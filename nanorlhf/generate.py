@@ -6,19 +6,15 @@ prompt's sample says does not depend on which other prompts are in the batch.
 
 B prompts, K samples each, R new tokens at most, P prompt columns, V vocabulary.
 """
-import contextlib
 import functools
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from .batching import micro_batches
 
 ROLLOUT, EVALUATION, SAMPLE, MINIBATCH = 2, 3, 4, 5    # purposes: streams of random numbers that never meet (1 is batching.SHUFFLE)
 
-LARGE = 10_000_000         # parameters that no cache holds: below it Python's share of a step is what counts
 
 
 def uniforms(seed, purpose, step, index, sample, n):
@@ -55,31 +51,12 @@ def draw(logits, u, temperature=1.0, top_p=1.0):
     return torch.searchsorted(cdf, torch.minimum(u.unsqueeze(-1), torch.nextafter(total, total - 1)), right=True).squeeze(-1)
 
 
-class FewRows(TorchFunctionMode):
-    """float32 products of a few rows by oneDNN: MKL packs the whole weight for them anew, which takes twice the time of reading it."""
-
-    def __torch_function__(self, function, types, arguments=(), named=None):
-        if function is F.linear and len(arguments) == 2 and not named:
-            return torch.ops.mkldnn._linear_pointwise(*arguments, None, "none", [], "")
-        if function is torch.addmm and not named:
-            bias, x, weight = arguments
-            return torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
-        return function(*arguments, **(named or {}))
-
-
-def products(model):
-    """The context in which a model's decoding is fastest: oneDNN's products for large float32 weights on a CPU, else nothing."""
-    weights = list(model.parameters())
-    fits = weights[0].device.type == "cpu" and {w.dtype for w in weights} == {torch.float32} and not torch.is_autocast_enabled("cpu")
-    large = sum(w.numel() for w in weights) >= LARGE
-    return FewRows() if fits and large and torch.backends.mkldnn.is_available() else contextlib.nullcontext()
-
-
 def step(model, cache, new, ends, u, r, samples, temperature, top_p):
     """From token r of every sample to token r + 1, in place: new (rows,K) and r (), a tensor, since a CUDA graph repeats this as it is."""
     hidden = model.hidden(new, (ends + r)[:, None].expand_as(new), samples[: len(new)], cache)
     r += 1
-    new.copy_(draw(model.logits(hidden), u.index_select(2, r[None]).squeeze(2), temperature, top_p))
+    logits = model.logits(hidden.flatten(0, 1)).unflatten(0, new.shape)                 # (rows,K,V)
+    new.copy_(draw(logits, u.index_select(2, r[None]).squeeze(2), temperature, top_p))
 
 
 def captured(work):
@@ -141,8 +118,7 @@ def sample(model, prompts, indices, k, max_new, eos_id, seed, purpose, step, tem
     found = [None] * len(prompts)
     for part in micro_batches([len(prompt) + k * max_new for prompt in prompts], max_tokens, padded=True):
         u = np.stack([[uniforms(seed, purpose, step, indices[i], first + s, max_new) for s in range(k)] for i in part])
-        with products(model):
-            tokens, lengths = (x.tolist() for x in extend(model, [prompts[i] for i in part], u, eos_id, temperature, top_p))
+        tokens, lengths = (x.tolist() for x in extend(model, [prompts[i] for i in part], u, eos_id, temperature, top_p))
         for b, i in enumerate(part):
             found[i] = [tokens[b][s][: lengths[b][s]] for s in range(k)]
     return found

@@ -39,23 +39,23 @@ class Config:
     device: str = "auto"                            # cpu, cuda, cuda:1
 
 
-def draw(policy, rows, config, device, first=0):
+def draw(policy, rows, config, first=0):
     """K continuations of each row.  -> for each a list of (text, ended)"""
     tok = policy.tokenizer
-    with dist.autocast(device, config.dtype):
+    with dist.arithmetic(policy, config.dtype):
         found = generate.sample(policy.trunk, [row.prompt for row in rows], [row.index for row in rows], config.k, config.max_new, tok.eos_id,
                                 config.seed, generate.SAMPLE, 0, config.temperature, config.top_p, config.max_tokens, first)
     return [[(tok.decode(ids[:-1]), True) if ids[-1] == tok.eos_id else (tok.decode(ids), False) for ids in responses] for responses in found]
 
 
-def draw_distinct(policy, rows, config, device):
+def draw_distinct(policy, rows, config):
     """As `draw`; a text that an earlier sample of the prompt has said is drawn again, a bounded number of times."""
-    found = draw(policy, rows, config, device)
+    found = draw(policy, rows, config)
     for attempt in range(1, REDRAWS + 1):
         repeated = [i for i, answers in enumerate(found) if len({text for text, _ in answers}) < config.k]
         if not repeated or config.temperature == 0:
             break
-        fresh = draw(policy, [rows[i] for i in repeated], config, device, first=attempt * config.k)
+        fresh = draw(policy, [rows[i] for i in repeated], config, first=attempt * config.k)
         for i, answers in zip(repeated, fresh):
             seen = set()
             for j, (text, _) in enumerate(found[i]):
@@ -65,11 +65,11 @@ def draw_distinct(policy, rows, config, device):
     return found
 
 
-def judged(groups, judge, config, device):
+def judged(groups, judge, policy, config):
     """Adds the judge's score and the places that follow from it (equal scores tie)."""
     for group in groups:
         ended = [response.ended for response in group.responses]
-        with dist.autocast(device, config.dtype):
+        with dist.arithmetic(policy if isinstance(judge, FunctionReward) else judge.model, config.dtype):
             scores = judge.score_texts([group.prompt], [[response.text for response in group.responses]], [ended], normalised=False)[0].tolist()
         for response, score in zip(group.responses, scores):
             response.scores, response.place = [score], sum(other > score for other in scores)
@@ -94,13 +94,13 @@ def write(policy, config, device):
     if not rows:
         raise InputError(f"--data {config.data}: no prompt left ({dict(reasons) or 'the split is empty'})")
     written = []
-    for row, answers in zip(rows, draw_distinct(policy, rows, config, device)):
+    for row, answers in zip(rows, draw_distinct(policy, rows, config)):
         group = groups[row.index]
         own = [data.Response(r.text, label=1 if r.label is None else r.label, ended=r.ended) for r in group.responses] if config.keep else []
         responses = own + [data.Response(text, label=0, ended=ended) for text, ended in answers]
         written.append(data.Group(group.prompt, responses, group.cut, group.extra))
     if judge:
-        judged(written, judge, config, device)
+        judged(written, judge, policy, config)
     try:
         replace(out, data.write_groups(written))
     except OSError as error:
@@ -129,7 +129,7 @@ def main(config):
         if not rows:
             raise InputError(f"{folder} has {policy.trunk.config.context} positions: --prompt and --max_new {config.max_new} need more")
         print(f"{folder}:")
-        for text, ended in draw(policy, rows, config, device)[0]:
+        for text, ended in draw(policy, rows, config)[0]:
             print(f"  {text!r}{'' if ended else '  (cut off)'}")
 
 

@@ -3,6 +3,7 @@
 One column is one token's way through the model. Operations are counted as the mathematics needs them: a multiplication and an
 addition are two; what is computed twice, or for nobody, does not count.
 """
+import functools
 import resource
 import sys
 import time
@@ -22,7 +23,8 @@ def tune(trunk, device, compile, recompute):
             block.compile(dynamic=True)
 
 
-def product_rate(device, dtype, repeats=5):
+@functools.cache
+def product_rate(device, dtype, repeats=3):
     """Operations a second of a large matrix product in this number format: the best of a few."""
     n = 8192 if device.type == "cuda" else 1024
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]

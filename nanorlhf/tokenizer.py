@@ -273,6 +273,9 @@ def _named_token(kind, ids, config, where, known=()):
 
 def _isolate(pattern, text):
     """The matches of a pattern and what lies between them, in order."""
+    matches = [match[0] for match in pattern.finditer(text)]
+    if sum(map(len, matches)) == len(text) and "" not in matches:                  # nothing lies between
+        return matches
     cuts = sorted({0, len(text), *(at for match in pattern.finditer(text) for at in match.span())})
     return [text[start:end] for start, end in zip(cuts, cuts[1:])]
 

@@ -311,7 +311,7 @@ def a_rollout(world, sft, reward, **more):
     tok = checkpoint.load_policy(sft["gpt2"]).tokenizer
     rows, texts, _ = train_ppo.prompts_of([data.Group(prompt, []) for prompt in PROMPTS], tok, settings, 48)
     device = dist.setup("cpu", 0)
-    return train_ppo.sample(policy, tok, reward, rows[:8], texts, settings, device, generate.ROLLOUT, 0, 4), settings, tok
+    return train_ppo.sample(policy, tok, reward, rows[:8], texts, settings, generate.ROLLOUT, 0, 4), settings, tok
 
 
 def test_the_penalty_is_for_what_did_not_end(world, sft):
