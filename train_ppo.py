@@ -88,13 +88,13 @@ class Rollout:
 @torch.no_grad()
 def sample(policy, tok, reward, prompts, texts, config, purpose, step, k):
     """K responses a prompt, as text to the reward, its scores back.  prompts: rows;  texts: all prompts' texts by index  ->  Rollout"""
-    with dist.arithmetic(policy, config.dtype):
+    with dist.autocast(policy, config.dtype):
         found = generate.sample(policy.trunk, [row.prompt for row in prompts], [row.index for row in prompts], k, config.max_new, tok.eos_id,
                                 config.seed, purpose, step, config.temperature, max_tokens=config.max_tokens)
     rows = [Row(row.prompt, responses, row.index) for row, responses in zip(prompts, found)]
     ended = torch.tensor([[ids[-1] == tok.eos_id for ids in responses] for responses in found])
     answers = [[tok.decode(ids[:-1] if ids[-1] == tok.eos_id else ids) for ids in responses] for responses in found]
-    with dist.arithmetic(policy, config.dtype):
+    with dist.autocast(policy, config.dtype):
         raw = reward.score_texts([texts[row.index] for row in rows], answers, ended.tolist(), normalised=False)
     if not torch.isfinite(raw).all():
         raise InputError(f"the reward model gave NaN or infinity at step {step}; look at its weights")
@@ -111,7 +111,7 @@ def look(policy, reference, rollout, config, device):
     rollout.old_logprobs, rollout.ref_logprobs, rollout.values, rollout.entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
     plan = micro_batches([row.columns for row in rollout.rows], config.max_tokens)
     for part, batch in zip(plan, ahead(rollout.rows, plan, device)):
-        with dist.arithmetic(policy, config.dtype):
+        with dist.autocast(policy, config.dtype):
             mine = policy(batch, config.temperature, ppo.entropy)
             theirs = reference(batch, config.temperature)
         for name, found in (("old_logprobs", mine.logprobs), ("ref_logprobs", theirs.logprobs), ("values", mine.values), ("entropy", mine.entropy)):
@@ -139,7 +139,7 @@ def update(policy, optimizer, rollout, config, device, step, lr):
             for chosen, batch in zip(plan, ahead(rows, plan, device)):
                 at, width = [part[i] for i in chosen], batch.mask.shape[-1]
                 known = lambda x: x[at, :, :width].to(device, torch.float64 if config.dtype == "float64" else torch.float32)
-                with dist.arithmetic(policy, config.dtype):
+                with dist.autocast(policy, config.dtype):
                     now = policy(batch, config.temperature)
                 old_logprobs = known(rollout.old_logprobs)
                 policy_loss, clipped = ppo.policy_loss(now.logprobs, old_logprobs, known(rollout.advantages), batch.mask, config.clip, count)
@@ -238,7 +238,8 @@ def main(config):
             Log.warn(f"{config.reward} has no normalisation (its run did not finish): rewards are its raw outputs")
         about = f"{reward.model.trunk.family}, {config.statistic} of {reward.model.score.out_features} outputs, map {reward.map}, " \
                 f"less {reward.mean:.4f}, over {reward.std:.4f}"
-    speed.tune(trunk, device, config.compile, config.recompute)
+    for each in [trunk, reference.trunk] + ([] if is_function(config.reward) else [reward.model.trunk]):
+        speed.tune(each, device, config.dtype, config.compile, config.recompute)
     optimizer, meter = optim.adamw(policy, config.lr, ADAM_EPS), speed.Meter(trunk, device, config.dtype)
     found = data.load(config.data)
     limit = context_limit(config.max_length, trunk.config.context)

@@ -92,7 +92,7 @@ def outputs_of(model, rows, config, device):
     """Raw outputs (K,N) of each row, and the loss over all of them."""
     plan, count, found, total = micro_batches([row.columns for row in rows], config.max_tokens), counts(rows, config), {}, 0.0
     for part, batch in zip(plan, ahead(rows, plan, device)):
-        with dist.arithmetic(model, config.dtype):
+        with dist.autocast(model, config.dtype):
             outputs = model(batch)
         total += reward_loss(outputs, batch, count, config).item()
         found.update((i, outputs[b, : len(rows[i].responses)].cpu()) for b, i in enumerate(part))
@@ -165,7 +165,7 @@ def main(config):
     scorer = Scorer(trunk, config.quantiles if config.loss == "quantile" else 1)
     scorer.draw_head()
     scorer = scorer.to(device, torch.float64 if config.dtype == "float64" else torch.float32)
-    speed.tune(trunk, device, config.compile, config.recompute)
+    speed.tune(trunk, device, config.dtype, config.compile, config.recompute)
     optimizer, meter = optim.adamw(scorer, config.lr), speed.Meter(trunk, device, config.dtype)
     reward_model = RewardModel(scorer, tok, "tanh_half" if config.loss == "classification" else "identity", max_length=limit)
 
@@ -196,7 +196,7 @@ def main(config):
         chosen = [rows[i] for i in take(len(rows), config.groups, step, config.seed)]
         plan, count, loss = micro_batches([row.columns for row in chosen], config.max_tokens), counts(chosen, config), 0.0
         for batch in ahead(chosen, plan, device):
-            with dist.arithmetic(scorer, config.dtype):
+            with dist.autocast(scorer, config.dtype):
                 outputs = scorer(batch)
             part = reward_loss(outputs, batch, count, config)
             part.backward()

@@ -49,7 +49,7 @@ def evaluate(policy, rows, config, device):
     count = sum(len(response) for row in rows for response in row.responses)
     total = 0.0
     for batch in ahead(rows, micro_batches([row.columns for row in rows], config.max_tokens), device):
-        with dist.arithmetic(policy, config.dtype):
+        with dist.autocast(policy, config.dtype):
             total += sft_loss(policy(batch).logprobs, batch.mask, count).item()
     return total
 
@@ -57,7 +57,7 @@ def evaluate(policy, rows, config, device):
 def show(policy, tok, rows, prompts, step, config, log):
     """Continuations of a few held-out prompts at temperature 1, of those that leave room for one."""
     rows = [row for row in rows if len(row.prompt) + SAMPLE_TOKENS <= policy.trunk.config.context][:SAMPLE_PROMPTS]
-    with dist.arithmetic(policy, config.dtype):
+    with dist.autocast(policy, config.dtype):
         found = generate.sample(policy.trunk, [row.prompt for row in rows], [row.index for row in rows], 1, SAMPLE_TOKENS, tok.eos_id,
                                 config.seed, generate.EVALUATION, step)
     for row, (ids,) in zip(rows, found):
@@ -83,7 +83,7 @@ def main(config):
     if not rows:
         raise InputError(f"--data {config.data}: no group left to train on ({dict(+(found.dropped + reasons))})")
     policy = Policy(trunk).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
-    speed.tune(trunk, device, config.compile, config.recompute)
+    speed.tune(trunk, device, config.dtype, config.compile, config.recompute)
     optimizer, meter = optim.adamw(policy, config.lr), speed.Meter(trunk, device, config.dtype)
 
     header("train_sft: a supervised policy",
@@ -113,7 +113,7 @@ def main(config):
         count = sum(len(response) for row in chosen for response in row.responses)     # of the whole step: no mean of means
         loss = 0.0
         for batch in ahead(chosen, plan, device):
-            with dist.arithmetic(policy, config.dtype):
+            with dist.autocast(policy, config.dtype):
                 part = sft_loss(policy(batch).logprobs, batch.mask, count)
             part.backward()
             loss += part.item()

@@ -8,10 +8,6 @@ import os
 import signal
 
 import torch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-
-LARGE = 2**18              # weights from which on a product is worth a detour
 
 
 def setup(device, seed):
@@ -67,54 +63,6 @@ class Stop:
         self.asked = True
 
 
-def onednn(x, weight, bias=None):
-    """x (n,in), weight (out,in) or a transposed view of that shape  ->  x W^T + b"""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class Product(torch.autograd.Function):
-    """x W + b with W (in,out), as GPT-2 stores it, or (out,in), as nn.Linear does, by oneDNN, gradients too.  x (n,in)  ->  (n,out)
-
-    For float32 torch calls MKL, which is a tenth slower where n is hundreds, and half as fast where n is a decoding step's few.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, out_first):
-        ctx.save_for_backward(x, weight)
-        ctx.out_first = out_first
-        return onednn(x, weight if out_first else weight.t(), bias)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x, weight), (of_x, of_weight, of_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
-        both = (gradient.t(), x.t()) if ctx.out_first else (x.t(), gradient.t())          # of the weight's own layout, so that nothing is copied
-        return (onednn(gradient, weight.t() if ctx.out_first else weight) if of_x else None, onednn(*both) if of_weight else None,
-                gradient.sum(0) if of_bias else None, None)
-
-
-class OneDNN(TorchFunctionMode):
-    """While this is on, large float32 products of a model's layers go through `Product`."""
-
-    def __torch_function__(self, function, types, arguments=(), named=None):
-        if function is F.linear and self.fits(*arguments[:2]):
-            return Product.apply(*arguments[:2], arguments[2] if len(arguments) > 2 else None, True)
-        if function is torch.addmm and self.fits(*arguments[1:]):
-            bias, x, weight = arguments
-            return Product.apply(x, weight, bias, False)
-        return function(*arguments, **(named or {}))
-
-    @staticmethod
-    def fits(x, weight):
-        return x.ndim == 2 and x.dtype == weight.dtype == torch.float32 and weight.numel() >= LARGE
-
-
-def arithmetic(model, dtype):
-    """How a model's forward computes. bfloat16: for the matrix products, while weights, softmax, losses and optimizer stay float32.
-
-    float32 on a CPU: large products by oneDNN; where the whole model is small, Python's share of watching for them would cost more.
-    """
-    weights = list(model.parameters())
-    device, size = weights[0].device.type, sum(weight.numel() for weight in weights)
-    if dtype == "float32" and device == "cpu" and size >= 16 * LARGE and torch.backends.mkldnn.is_available():
-        return OneDNN()
-    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+def autocast(model, dtype):
+    """The forward's number format: bfloat16 for the matrix products, while weights, softmax, losses and optimizer stay float32."""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=dtype == "bfloat16")

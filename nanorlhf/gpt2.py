@@ -212,6 +212,7 @@ class Block(nn.Module):
 
 class GPT2(nn.Module):
     family, prefix = "gpt2", "transformer."      # how a checkpoint calls the trunk
+    product = staticmethod(F.linear)             # of the head; speed.tune knows faster ones
     flex = False                                 # FlexAttention instead of dense masks
     recompute = False                            # keep no activations but each block's input: less memory, a third more work
     Config = GPT2Config
@@ -271,4 +272,4 @@ class GPT2(nn.Module):
 
     def logits(self, hidden):
         """Next-token logits for chosen columns alone: the head is the widest matrix, most columns never need it.  (...,D) -> (...,V)"""
-        return F.linear(hidden, self.wte.weight if self.lm_head is None else self.lm_head.weight)
+        return self.product(hidden, self.wte.weight if self.lm_head is None else self.lm_head.weight)

@@ -261,6 +261,7 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     family, prefix = "llama", "model."           # how a checkpoint calls the trunk
+    product = staticmethod(F.linear)             # of the head; speed.tune knows faster ones
     flex = False                                 # FlexAttention instead of dense masks
     recompute = False                            # keep no activations but each block's input: less memory, a third more work
     Config = LlamaConfig
@@ -320,4 +321,4 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """Next-token logits for chosen columns alone: the head is the widest matrix, most columns never need it.  (...,D) -> (...,V)"""
-        return F.linear(hidden, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return self.product(hidden, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)

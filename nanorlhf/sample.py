@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-
-from . import checkpoint, data, dist, generate
+from . import checkpoint, data, dist, generate, speed
 from .batching import context_limit, encode_all
 from .config import InputError, check, run
 from .log import replace
@@ -42,7 +41,7 @@ class Config:
 def draw(policy, rows, config, first=0):
     """K continuations of each row.  -> for each a list of (text, ended)"""
     tok = policy.tokenizer
-    with dist.arithmetic(policy, config.dtype):
+    with dist.autocast(policy, config.dtype):
         found = generate.sample(policy.trunk, [row.prompt for row in rows], [row.index for row in rows], config.k, config.max_new, tok.eos_id,
                                 config.seed, generate.SAMPLE, 0, config.temperature, config.top_p, config.max_tokens, first)
     return [[(tok.decode(ids[:-1]), True) if ids[-1] == tok.eos_id else (tok.decode(ids), False) for ids in responses] for responses in found]
@@ -69,7 +68,7 @@ def judged(groups, judge, policy, config):
     """Adds the judge's score and the places that follow from it (equal scores tie)."""
     for group in groups:
         ended = [response.ended for response in group.responses]
-        with dist.arithmetic(policy if isinstance(judge, FunctionReward) else judge.model, config.dtype):
+        with dist.autocast(policy if isinstance(judge, FunctionReward) else judge.model, config.dtype):
             scores = judge.score_texts([group.prompt], [[response.text for response in group.responses]], [ended], normalised=False)[0].tolist()
         for response, score in zip(group.responses, scores):
             response.scores, response.place = [score], sum(other > score for other in scores)
@@ -122,6 +121,7 @@ def main(config):
     device = dist.setup(config.device, config.seed)
     if config.data:
         policy = checkpoint.load_policy(config.policy).to(device)
+        speed.tune(policy.trunk, device, config.dtype)
         return write(policy, config, device)
     for folder in filter(None, (config.policy, config.other)):
         policy = checkpoint.load_policy(folder).to(device)

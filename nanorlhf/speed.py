@@ -1,4 +1,4 @@
-"""How fast a step is, beside what the machine could do: its matrix product is the limit of all this work.
+"""What makes a step fast, and how fast it is beside what the machine could do: its matrix product is the limit of all this work.
 
 One column is one token's way through the model. Operations are counted as the mathematics needs them: a multiplication and an
 addition are two; what is computed twice, or for nobody, does not count.
@@ -7,21 +7,70 @@ import functools
 import resource
 import sys
 import time
+import types
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+LARGE = 2**18              # weights from which on a product is worth a detour
 BLOCK = 128                # FlexAttention computes columns by the block
 BEFORE = ("c_attn", "q_proj", "k_proj", "v_proj")      # of the last block, what every column needs
 
 
-def tune(trunk, device, compile, recompute):
-    """compile: the blocks as fused kernels, on CUDA with FlexAttention; recompute: keep only each block's input for the backward."""
+def tune(trunk, device, dtype, compile=False, recompute=False):
+    """Chooses how a trunk computes.
+
+    compile: the blocks as fused kernels, on CUDA with FlexAttention;  recompute: keep only each block's input for the backward.
+    float32 on a CPU: large products by oneDNN, as torch's own MKL is a tenth slower where there are hundreds of columns, and half as
+    fast for the few of a decoding step.
+    """
     trunk.recompute = recompute
     if compile:
         trunk.flex = device.type == "cuda"
         for block in trunk.blocks:
             block.compile(dynamic=True)
+    elif device.type == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available():
+        trunk.product = large_product
+        for layer in trunk.modules():
+            weight = getattr(layer, "weight", None)
+            if weight is not None and weight.ndim == 2 and weight.numel() >= LARGE and not isinstance(layer, nn.Embedding):
+                layer.forward = types.MethodType(_layer_product, layer)
 
+
+def onednn(x, weight, bias=None):
+    """x (n,in), weight (out,in) or a transposed view of that shape  ->  x W^T + b"""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """x W + b by oneDNN, with its gradients. W is (out,in), as nn.Linear stores it, or (in,out), as GPT-2.  x (n,in)  ->  (n,out)"""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, out_first):
+        ctx.save_for_backward(x, weight)
+        ctx.out_first = out_first
+        return onednn(x, weight if out_first else weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x, weight), (of_x, of_weight, of_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
+        both = (gradient.t(), x.t()) if ctx.out_first else (x.t(), gradient.t())       # in the weight's own layout, so that nothing is copied
+        return (onednn(gradient, weight.t() if ctx.out_first else weight) if of_x else None, onednn(*both) if of_weight else None,
+                gradient.sum(0) if of_bias else None, None)
+
+
+def _layer_product(layer, x):
+    """The forward of a large nn.Linear or gpt2.Projection."""
+    return Product.apply(x, layer.weight, layer.bias, isinstance(layer, nn.Linear))
+
+
+def large_product(x, weight):
+    """F.linear for a large head; what is small stays where it was."""
+    return Product.apply(x, weight, None, True) if x.ndim == 2 and weight.numel() >= LARGE else F.linear(x, weight)
+
+
+# ------------------------------------------------------------------------------------------------------- how fast it is
 
 @functools.cache
 def product_rate(device, dtype, repeats=3):

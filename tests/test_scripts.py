@@ -310,7 +310,7 @@ def a_rollout(world, sft, reward, **more):
     policy = Policy(checkpoint.load_trunk(sft["gpt2"])[0], value_head=True)
     tok = checkpoint.load_policy(sft["gpt2"]).tokenizer
     rows, texts, _ = train_ppo.prompts_of([data.Group(prompt, []) for prompt in PROMPTS], tok, settings, 48)
-    device = dist.setup("cpu", 0)
+    dist.setup("cpu", 0)
     return train_ppo.sample(policy, tok, reward, rows[:8], texts, settings, generate.ROLLOUT, 0, 4), settings, tok
 
 
