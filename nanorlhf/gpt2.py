@@ -9,7 +9,6 @@ Parameter names and shapes are those of the published checkpoints, so a state di
 """
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -98,7 +97,8 @@ class Cache:
         self.keys, self.values, self.branch = self.keys[:, rows], self.values[:, rows], self.branch[rows]
 
 
-class Sight(NamedTuple):
+@dataclass
+class Sight:
     """What the n columns of one forward see, and where their keys and values are kept if anybody wants them later."""
     sees: list | torch.Tensor | BlockMask        # a mask a row; or one mask (B,1,T,S) over the cache; or FlexAttention's
     cache: Cache | None = None
@@ -256,7 +256,7 @@ class GPT2(nn.Module):
             index, sees = lay_out(branch, self.flex and cache is None)
             places = cache and tuple(place[index] for place in places)
         pick = (lambda x: x.flatten()) if index is None else (lambda x: x.flatten()[index])
-        only = at if at is None or index is None else torch.searchsorted(index, at)
+        only = at if at is None or index is None else torch.searchsorted(index, at).clamp(max=len(index) - 1)
         sight, last = Sight(sees, cache, places), len(self.blocks) - 1
         x = self.wte(pick(tokens)) + self.wpe(pick(positions))         # (n,D)
         for layer, block in enumerate(self.blocks):

@@ -107,8 +107,9 @@ def forward_operations(trunk, rows, head):
     read = sum(sum(map(len, row.responses)) if head else len(row.responses) for row in rows)
     seen = sum(len(row.prompt) * (len(row.prompt) + 1) // 2 + sum(len(r) * (len(r) + 1) // 2 + len(r) * len(row.prompt) for r in row.responses)
                for row in rows)                                                        # pairs of columns that attend
+    heads = next(size for name, size in matrices if name.endswith(("attn.c_proj.weight", "attn.o_proj.weight"))) // trunk.width     # of all heads, their width
     table = next(trunk.parameters())                                                   # the embedding, (V,D), as large as the head
-    return 2 * (columns * every + read * late) + 4 * len(trunk.blocks) * trunk.width * seen + 2 * read * table.numel() * head
+    return 2 * (columns * every + read * late) + 4 * len(trunk.blocks) * heads * seen + 2 * read * table.numel() * head
 
 
 def peak_memory(device):

@@ -117,6 +117,7 @@ def test_update_refuses_a_gradient_that_is_not_finite(bad):
 
 ONE_BY_ONE, SAMPLES = "test_faults.py::test_a_row_equals_its_responses_one_by_one", "test_generate.py::test_cached_is_uncached"
 MICRO_BATCHES, IGNORED = "test_micro_batches_with_the_whole_count_are_the_whole", "test_ppo.py::test_what_stands_behind_the_mask_is_ignored"
+PATHS, EACH, WORDS = "test_paths.py", "test_every_path_is_each_response_alone", "test_who_sees_whom_in_flex_attention"
 VISIBLE = "mine = (branch_key[:, None] == 0) | (branch_key[:, None] == branch_query[:, :, None])"
 CLIP = "torch.nn.utils.clip_grads_with_norm_(model.parameters(), MAX_GRAD_NORM, norm)"
 FAULTS = [   # name, file, what stands there, what is put there, the test that must fail
@@ -200,6 +201,22 @@ FAULTS = [   # name, file, what stands there, what is put there, the test that m
     ("llama: an attention mask accepted and ignored", "llama.py", "attn_mask=mask", "attn_mask=None", f"{ONE_BY_ONE}[llama]"),
     ("detach_value ignored", "heads.py", "hidden.detach() if self.detach_value else hidden", "hidden",
      "test_faults.py::test_detach_value_keeps_the_value_loss_out_of_the_trunk"),
+    # faster paths
+    ("flex: rows see each other", "gpt2.py", "(row[i] == row[j]) & (j <= i)", "(j <= i)", f"{PATHS}::{WORDS}[gpt2]"),
+    ("flex: columns see later ones", "llama.py", "(row[i] == row[j]) & (j <= i)", "(row[i] == row[j])", f"{PATHS}::{EACH}[llama-flex]"),
+    ("dense: columns see later ones", "gpt2.py", "[visible(row, row) for row in rows]", "[visible(row, row) | visible(row, row).mT for row in rows]",
+     f"{PATHS}::{EACH}[gpt2-dense]"),
+    ("the last block's columns counted with padding", "llama.py", "torch.searchsorted(index, at)", "at.clamp(max=len(index) - 1)", f"{PATHS}::{EACH}[llama-dense]"),
+    ("a cache that forgets branches", "gpt2.py", "else self.branch[:, : self.used], self.length)", "else 0 * self.branch[:, : self.used], self.length)", SAMPLES),
+    ("a chunk without its temperature", "heads.py", "checkpoint(self.read, *chunk, temperature, entropy", "checkpoint(self.read, *chunk, 1.0, entropy",
+     f"{PATHS}::{EACH}[gpt2-chunked]"),
+    ("a softmax in bfloat16", "heads.py", "logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature", "logits / temperature",
+     f"{PATHS}::test_bfloat16_moves_little[gpt2]"),
+    ("recompute accepted and ignored", "gpt2.py", "if self.recompute and torch.is_grad_enabled()", "if False", f"{PATHS}::test_recompute_keeps_less_than_half[gpt2]"),
+    ("oneDNN without the bias", "speed.py", "Product.apply(x, layer.weight, layer.bias,", "Product.apply(x, layer.weight, None,",
+     f"{PATHS}::test_training_with_onednn_is_the_same"),
+    ("the last block counted in full", "speed.py", "read * late)", "columns * late)", "test_speed.py::test_operations_of_gpt2_by_hand"),
+    ("clipped where it is small", "optim.py", "if norm > MAX_GRAD_NORM", "if norm < MAX_GRAD_NORM", "test_speed.py::test_update_clips_as_clip_grad_norm"),
     # sampling
     ("top-p one token short", "generate.py", "before = ordered.cumsum(-1) - ordered", "before = ordered.cumsum(-1)",
      "test_generate.py::test_top_p_is_the_smallest_set"),
