@@ -62,7 +62,7 @@ def test_policy_reaches_the_enumerable_optimum(k, seed):
     steps = 60
     for step in range(steps):
         prompts = [Row([4], [], index) for index in range(config.groups)]
-        rollout = train_ppo.sample(policy, Tokens, Reward(), prompts, [""] * config.groups, config, device, generate.ROLLOUT, step, k)
+        rollout = train_ppo.sample(policy, Tokens, Reward(), prompts, [""] * config.groups, config, generate.ROLLOUT, step, k)
         train_ppo.look(policy, reference, rollout, config, device)
         train_ppo.add_advantages(rollout, config.kl_coef, config)
         train_ppo.update(policy, optimizer, rollout, config, device, step, optim.learning_rate(config.lr, step, steps, "linear"))
