@@ -4,10 +4,12 @@ One column is one token's way through the model. Operations are counted as the m
 addition are two; what is computed twice, or for nobody, does not count.
 """
 import functools
+import re
 import resource
 import sys
 import time
 import types
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -116,6 +118,9 @@ def peak_memory(device):
     """Greatest memory so far in GB: of the process, or of the tensors on the GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")           # Linux; getrusage there may tell the parent's peak
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
