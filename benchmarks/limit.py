@@ -36,14 +36,14 @@ class Config:
     size: Literal["gpt2", "tiny"] = "gpt2"       # gpt2 is the 124M shape; tiny is for trying this out and never written to the table
 
 
-def best_seconds(work, device, repeats=3):
-    """The least of a few, after one that sets things up."""
+def usual_seconds(work, device, repeats=5):
+    """The median of a few, after one that sets things up: the step beside it is a median too, and a shared machine has lucky moments."""
     found = []
     for _ in range(repeats + 1):
         began = speed._now(device)
         work()
         found.append(speed._now(device) - began)
-    return min(found[1:])
+    return median(found[1:])
 
 
 def product_rate(device, dtype, width, squares, rows=(300, 2800)):
@@ -53,14 +53,14 @@ def product_rate(device, dtype, width, squares, rows=(300, 2800)):
         a, b = torch.randn(m, k, device=device).to(DTYPES[dtype]), torch.randn(k, n, device=device).to(DTYPES[dtype])
         ways = [torch.mm] + [lambda x, y: speed.onednn(x, y.t())] * (device.type == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available())
         for multiply in ways:
-            found[2 * m * k * n / best_seconds(lambda: multiply(a, b), device)] = (m, k, n)
+            found[2 * m * k * n / usual_seconds(lambda: multiply(a, b), device)] = (m, k, n)
     return max(found), found[max(found)]
 
 
 def bandwidth(device, size=BYTES):
     """Bytes a second, copied (read and written) or read, whichever is faster."""
     a, b = torch.ones(2, size // 4, device=device)
-    return max(2 * size / best_seconds(lambda: b.copy_(a), device), size / best_seconds(lambda: a.sum(), device))
+    return max(2 * size / usual_seconds(lambda: b.copy_(a), device), size / usual_seconds(lambda: a.sum(), device))
 
 
 def random_rows(n, vocab, prompt=250, response=14, k=4):
@@ -122,7 +122,7 @@ def alternate(step, batches, device, rate, flow):
         operations, read, adamw = step(rows)
         seconds = speed._now(device) - began
         limits.append((*rate(), flow()))
-        near = [max(pair) for pair in zip(*((limit[0], limit[2]) for limit in limits[-2:]))]         # the better of before and after
+        near = [sum(pair) / 2 for pair in zip(*((limit[0], limit[2]) for limit in limits[-2:]))]     # before and after
         bound = operations / near[0] + read / near[1]
         found.append({"seconds": seconds, "bound": bound, "share": bound / seconds, "columns": sum(row.columns for row in rows), "operations": operations,
                       "adamw": adamw, "limit": near[0], "bandwidth": near[1]})
