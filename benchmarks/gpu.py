@@ -68,7 +68,7 @@ def flex_or_dense(trunk, rows, device, dtype="bfloat16", repeats=3):
             return loss.item()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        seconds = limit.best_seconds(work, device, repeats)
+        seconds = limit.usual_seconds(work, device, repeats)
         found[name] = {"seconds": seconds, "memory": speed.peak_memory(device), "loss": work(), "gradient": [p.grad.float().cpu() for p in policy.parameters() if p.grad is not None]}
     flex, dense = found["flex"], found["dense"]
     norm = lambda tensors: sum(t.double().pow(2).sum().item() for t in tensors) ** 0.5
