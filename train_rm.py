@@ -106,9 +106,9 @@ def at_chance(accuracy, pairs):
 
 def auc(scores, labels):
     """Chance that a good response of any prompt outscores a bad one of any prompt, ties half.  (n,), (n,) bool -> float"""
-    good, bad = scores[labels], scores[~labels]
-    margin = good[:, None] - bad[None, :]
-    return ((margin > 0).double().mean() + (margin == 0).double().mean() / 2).item() if margin.numel() else float("nan")
+    good, bad = scores[labels], scores[~labels].sort().values
+    below = torch.searchsorted(bad, good) + torch.searchsorted(bad, good, right=True)       # twice: bad ones below, and half of those that tie
+    return below.double().mean().item() / (2 * len(bad)) if len(good) and len(bad) else float("nan")
 
 
 def evaluate(model, rows, config, device):

@@ -80,13 +80,16 @@ class Cache:
         return (row, column), sees
 
     def write(self, layer, places, key, value):
-        """key, value (n,G,d) of one layer, to the places that `extend` gave."""
+        """key, value (n,G,d) of one layer, to the places that `extend` gave; None: the last columns of each row, all of them."""
+        (rows, room), (n, G, d) = self.branch.shape, key.shape
         if self.keys is None:
-            (rows, room), (_, G, d) = self.branch.shape, key.shape
             self.keys, self.values = key.new_zeros(2, self.layers, rows, G, room, d)
-        row, column = places
-        self.keys[layer][row, :, column] = key
-        self.values[layer][row, :, column] = value
+        for kept, new in ((self.keys, key), (self.values, value)):
+            if places is None:
+                kept[layer, :, :, self.used - n // rows : self.used] = new.view(rows, -1, G, d).transpose(1, 2)
+            else:
+                row, column = places
+                kept[layer][row, :, column] = new
 
     def read(self, layer):
         """-> keys, values (B,G,S,d)"""
@@ -105,6 +108,12 @@ class Sight:
     places: tuple | None = None                  # row and column of each, (n,)
 
 
+@functools.cache
+def flex_kernel(function, device):
+    """A part of FlexAttention, compiled where it has a kernel for training; uncompiled, it writes out every pair of columns."""
+    return torch.compile(function, dynamic=True) if device == "cuda" else function
+
+
 def lay_out(branch, flex):
     """Rows end to end without their padding.  branch (B,T)  ->  the columns kept, (n,) indices into (B*T), and what they see
 
@@ -120,13 +129,8 @@ def lay_out(branch, flex):
     more = -len(index) % 128
     index, row, own = torch.cat([index, index[-1:].expand(more)]), F.pad(row, (0, more), value=-1), F.pad(own, (0, more))
     rule = lambda b, h, i, j: (row[i] == row[j]) & (j <= i) & ((own[j] == 0) | (own[j] == own[i]))
-    return index, create_block_mask(rule, None, None, len(index), len(index), device=branch.device)
-
-
-@functools.cache
-def flex_kernel(device):
-    """FlexAttention, compiled where it has a kernel for training."""
-    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+    make = flex_kernel(create_block_mask, branch.device.type)
+    return index, make(rule, None, None, len(index), len(index), device=branch.device)
 
 
 def attend_cache(query, sight, layer):
@@ -153,7 +157,8 @@ def attend(query, key, value, sight, layer):
     shared = query.shape[1] > key.shape[1]                               # grouped-query attention
     across = lambda x: x.transpose(0, 1)[None]                           # (n,H,d) -> (1,H,n,d)
     if isinstance(sight.sees, BlockMask):
-        y = flex_kernel(query.device.type)(across(query), across(key), across(value), block_mask=sight.sees, enable_gqa=shared)
+        flex = flex_kernel(flex_attention, query.device.type)
+        y = flex(across(query), across(key), across(value), block_mask=sight.sees, enable_gqa=shared)
     else:
         rows = zip(*(across(x).split([mask.shape[-1] for mask in sight.sees], 2) for x in (query, key, value)), sight.sees)
         y = torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared) for q, k, v, mask in rows], 2)
@@ -255,6 +260,8 @@ class GPT2(nn.Module):
         if not behind:
             index, sees = lay_out(branch, self.flex and cache is None)
             places = cache and tuple(place[index] for place in places)
+        elif not cache.fixed:
+            places = None                                              # a slice is quicker than indices
         pick = (lambda x: x.flatten()) if index is None else (lambda x: x.flatten()[index])
         only = at if at is None or index is None else torch.searchsorted(index, at).clamp(max=len(index) - 1)
         sight, last = Sight(sees, cache, places), len(self.blocks) - 1

@@ -62,14 +62,21 @@ class Product(torch.autograd.Function):
                 gradient.sum(0) if of_bias else None, None)
 
 
+def _product(x, weight, bias, out_first):
+    """`Product`, or where nobody wants gradients its forward alone: a decoding step makes hundreds of small calls."""
+    if torch.is_grad_enabled():
+        return Product.apply(x, weight, bias, out_first)
+    return onednn(x, weight if out_first else weight.t(), bias)
+
+
 def _layer_product(layer, x):
     """The forward of a large nn.Linear or gpt2.Projection."""
-    return Product.apply(x, layer.weight, layer.bias, isinstance(layer, nn.Linear))
+    return _product(x, layer.weight, layer.bias, isinstance(layer, nn.Linear))
 
 
 def large_product(x, weight):
     """F.linear for a large head; what is small stays where it was."""
-    return Product.apply(x, weight, None, True) if x.ndim == 2 and weight.numel() >= LARGE else F.linear(x, weight)
+    return _product(x, weight, None, True) if x.ndim == 2 and weight.numel() >= LARGE else F.linear(x, weight)
 
 
 # ------------------------------------------------------------------------------------------------------- how fast it is
