@@ -6,6 +6,7 @@ prompt's sample says does not depend on which other prompts are in the batch.
 
 B prompts, K samples each, R new tokens at most, P prompt columns, V vocabulary.
 """
+import contextlib
 import functools
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from .batching import micro_batches
 
 ROLLOUT, EVALUATION, SAMPLE, MINIBATCH = 2, 3, 4, 5    # purposes: streams of random numbers that never meet (1 is batching.SHUFFLE)
-
+FEW = 8                    # tokens for which recording a graph takes longer than it saves
 
 
 def uniforms(seed, purpose, step, index, sample, n):
@@ -51,16 +52,33 @@ def draw(logits, u, temperature=1.0, top_p=1.0):
     return torch.searchsorted(cdf, torch.minimum(u.unsqueeze(-1), torch.nextafter(total, total - 1)), right=True).squeeze(-1)
 
 
-def step(model, cache, new, ends, u, r, samples, temperature, top_p):
-    """From token r of every sample to token r + 1, in place: new (rows,K) and r (), a tensor, since a CUDA graph repeats this as it is."""
-    hidden = model.hidden(new, (ends + r)[:, None].expand_as(new), samples[: len(new)], cache)
-    r += 1
+def step(model, cache, new, ends, u, count, samples, temperature, top_p):
+    """From token `count` of every sample to the next, in place, since a CUDA graph repeats this as it is.
+
+    new (rows,K) tokens;  ends (rows,) prompt lengths;  u (rows,K,R);  count (), a tensor;  samples (B,K) branches
+    """
+    hidden = model.hidden(new, (ends + count)[:, None].expand_as(new), samples[: len(new)], cache)
+    count += 1
     logits = model.logits(hidden.flatten(0, 1)).unflatten(0, new.shape)                 # (rows,K,V)
-    new.copy_(draw(logits, u.index_select(2, r[None]).squeeze(2), temperature, top_p))
+    new.copy_(draw(logits, u.index_select(2, count[None]).squeeze(2), temperature, top_p))
+
+
+@contextlib.contextmanager
+def quick_writes():
+    """On CUDA without the guard against sums of unknown order: every place in the cache is written once, and the guard copies all of it."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=True)
 
 
 def captured(work):
-    """What `work` launches on the GPU, recorded once and repeated without Python. The recording itself computes nothing."""
+    """What `work` launches on the GPU, recorded once and repeated without Python. The recording itself computes nothing.
+
+    Recording waits for the GPU and gives unused memory back, so it pays for tens of tokens, not for a handful.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
@@ -90,7 +108,7 @@ def extend(model, prompts, u, eos_id, temperature=1.0, top_p=1.0, fixed=None):
     new = draw(model.logits(hidden)[:, None].expand(B, K, -1), u[:, :, 0], temperature, top_p)   # (B,K)
     out = torch.zeros(B, K, R, dtype=torch.long, device=device)
     lengths = torch.full((B, K), R, device=device)
-    alive, at = torch.arange(B, device=device), torch.zeros((), dtype=torch.long, device=device)       # rows with an unfinished sample
+    alive, count = torch.arange(B, device=device), torch.zeros((), dtype=torch.long, device=device)    # rows with an unfinished sample
     samples, replay = torch.arange(1, K + 1, device=device).expand(B, K), None         # branch of each new column
     for r in range(R):
         out[alive, :, r] = new
@@ -101,8 +119,8 @@ def extend(model, prompts, u, eos_id, temperature=1.0, top_p=1.0, fixed=None):
         if not fixed and not going.all():
             alive, new, ends, u = alive[going], new[going], ends[going], u[going]
             cache.keep(going)
-        work = functools.partial(step, model, cache, new, ends, u, at, samples, temperature, top_p)
-        if device.type == "cuda" and r > 0:                   # the first step is done by hand: it warms the kernels up
+        work = functools.partial(step, model, cache, new, ends, u, count, samples, temperature, top_p)
+        if fixed and device.type == "cuda" and r > 0 and R > FEW:              # the first step is done by hand: it warms the kernels up
             replay = replay or captured(work)
             replay()
         else:
@@ -118,7 +136,8 @@ def sample(model, prompts, indices, k, max_new, eos_id, seed, purpose, step, tem
     found = [None] * len(prompts)
     for part in micro_batches([len(prompt) + k * max_new for prompt in prompts], max_tokens, padded=True):
         u = np.stack([[uniforms(seed, purpose, step, indices[i], first + s, max_new) for s in range(k)] for i in part])
-        tokens, lengths = (x.tolist() for x in extend(model, [prompts[i] for i in part], u, eos_id, temperature, top_p))
+        with quick_writes() if next(model.parameters()).is_cuda else contextlib.nullcontext():
+            tokens, lengths = (x.tolist() for x in extend(model, [prompts[i] for i in part], u, eos_id, temperature, top_p))
         for b, i in enumerate(part):
             found[i] = [tokens[b][s][: lengths[b][s]] for s in range(k)]
     return found

@@ -92,7 +92,7 @@ class Cache:
     def __init__(self, layers, rows, columns, device, fixed=False):
         self.branch = torch.full((rows, columns), -1, device=device)
         self.length = torch.zeros((), dtype=torch.long, device=device)      # columns in use; `used` is the same number on the host
-        self.keys = self.values = None           # (layers,B,G,columns,d), born with the first key, in its number format
+        self.keys = self.values = None           # (layers,B,G,columns,d), born with the first value, in its number format
         self.layers, self.fixed, self.used = layers, fixed, 0
 
     def extend(self, branch):
@@ -110,8 +110,8 @@ class Cache:
         """key, value (n,G,d) of one layer, to the places that `extend` gave; None: the last columns of each row, all of them."""
         (rows, room), (n, G, d) = self.branch.shape, key.shape
         if self.keys is None:
-            self.keys, self.values = key.new_zeros(2, self.layers, rows, G, room, d)
-        for kept, new in ((self.keys, key), (self.values, value)):
+            self.keys, self.values = value.new_zeros(2, self.layers, rows, G, room, d)
+        for kept, new in ((self.keys, key.to(value.dtype)), (self.values, value)):       # rotated keys are float32 under autocast
             if places is None:
                 kept[layer, :, :, self.used - n // rows : self.used] = new.view(rows, -1, G, d).transpose(1, 2)
             else:
@@ -123,14 +123,14 @@ class Cache:
         return [x[layer] if self.fixed else x[layer, :, :, : self.used] for x in (self.keys, self.values)]
 
     def keep(self, rows):
-        """Forgets every row that is not in `rows`: finished ones need no more steps."""
+        """Forgets every row that is not in `rows` (B,) bool: finished ones need no more steps."""
         self.keys, self.values, self.branch = self.keys[:, rows], self.values[:, rows], self.branch[rows]
 
 
 @dataclass
 class Sight:
     """What the n columns of one forward see, and where their keys and values are kept if anybody wants them later."""
-    sees: list | torch.Tensor | BlockMask        # a mask a row; or one mask (B,1,T,S) over the cache; or FlexAttention's
+    sees: list | torch.Tensor | BlockMask        # a mask (1,1,t,t) a row; or one mask (B,1,T,S) over the cache; or FlexAttention's (1,1,n,n)
     cache: Cache | None = None
     places: tuple | None = None                  # row and column of each, (n,)
 
@@ -144,15 +144,15 @@ def flex_kernel(function, device):
 def lay_out(branch, flex):
     """Rows end to end without their padding.  branch (B,T)  ->  the columns kept, (n,) indices into (B*T), and what they see
 
-    flex: FlexAttention's block mask, which skips what nobody sees; it wants n in blocks of 128, so the last column is repeated
-    and the copies belong to no row. Else one dense mask a row, so that no row is as wide as the longest.
+    flex: FlexAttention's block mask, which skips what nobody sees; it wants n in blocks of 128, so the last column is repeated;
+    the copies belong to no row and see each other, since an empty softmax is NaN. Else one dense mask a row: no row is as wide
+    as the longest.
     """
     real = branch >= 0
     index = real.flatten().nonzero().squeeze(1)
-    if not flex:
-        rows = [row[keep][None] for row, keep in zip(branch, real)]
-        return index, [visible(row, row) for row in rows]
     row, own = index // branch.shape[1], branch.flatten()[index]
+    if not flex:
+        return index, [visible(mine[None], mine[None]) for mine in own.split(real.sum(1).tolist())]
     more = -len(index) % 128
     index, row, own = torch.cat([index, index[-1:].expand(more)]), F.pad(row, (0, more), value=-1), F.pad(own, (0, more))
     rule = lambda b, h, i, j: (row[i] == row[j]) & (j <= i) & ((own[j] == 0) | (own[j] == own[i]))
@@ -316,8 +316,9 @@ class Llama(nn.Module):
         angle = pick(positions)[:, None, None] * self.frequencies.to(x.device)    # (n,1,d/2) float32
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for layer, block in enumerate(self.blocks):
+            run = block if cache is None else block.forward            # compiled, a decoding step would cast every weight anew under autocast
             how = (x, cos, sin, sight, layer, only if layer == last else None)
-            x = checkpoint(block, *how, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(*how)
+            x = checkpoint(run, *how, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else run(*how)
         x = self.norm(x)
         if at is not None:
             return x

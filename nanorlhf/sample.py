@@ -125,6 +125,7 @@ def main(config):
         return write(policy, config, device)
     for folder in filter(None, (config.policy, config.other)):
         policy = checkpoint.load_policy(folder).to(device)
+        speed.tune(policy.trunk, device, config.dtype)
         rows, reasons = encode_all([data.make_group(config.prompt, [])], policy.tokenizer, policy.trunk.config.context, config.max_new)
         if not rows:
             raise InputError(f"{folder} has {policy.trunk.config.context} positions: --prompt and --max_new {config.max_new} need more")

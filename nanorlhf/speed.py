@@ -29,7 +29,8 @@ def tune(trunk, device, dtype, compile=False, recompute=False):
     """
     trunk.recompute = recompute
     if compile:
-        trunk.flex = device.type == "cuda"
+        trunk.flex = device.type == "cuda" and dtype != "float64"
+        torch._dynamo.config.recompile_limit = 64        # policy, reference and reward model share one count: with and without gradients, first, last and other layers
         for block in trunk.blocks:
             block.compile(dynamic=True)
     elif device.type == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available():
@@ -70,7 +71,7 @@ def _product(x, weight, bias, out_first):
 
 
 def _layer_product(layer, x):
-    """The forward of a large nn.Linear or gpt2.Projection."""
+    """The forward of a large nn.Linear or gpt2.Projection.  x (n,in) -> (n,out)"""
     return _product(x, layer.weight, layer.bias, isinstance(layer, nn.Linear))
 
 
@@ -117,8 +118,8 @@ def forward_operations(trunk, rows, head):
     seen = sum(len(row.prompt) * (len(row.prompt) + 1) // 2 + sum(len(r) * (len(r) + 1) // 2 + len(r) * len(row.prompt) for r in row.responses)
                for row in rows)                                                        # pairs of columns that attend
     heads = next(size for name, size in matrices if name.endswith(("attn.c_proj.weight", "attn.o_proj.weight"))) // trunk.width     # of all heads, their width
-    table = next(trunk.parameters())                                                   # the embedding, (V,D), as large as the head
-    return 2 * (columns * every + read * late) + 4 * len(trunk.blocks) * heads * seen + 2 * read * table.numel() * head
+    table = trunk.config.vocab_size * trunk.width                                      # the head
+    return 2 * (columns * every + read * late) + 4 * len(trunk.blocks) * heads * seen + 2 * read * table * head
 
 
 def peak_memory(device):
