@@ -204,9 +204,9 @@ FAULTS = [   # name, file, what stands there, what is put there, the test that m
     # faster paths
     ("flex: rows see each other", "gpt2.py", "(row[i] == row[j]) & (j <= i)", "(j <= i)", f"{PATHS}::{WORDS}[gpt2]"),
     ("flex: columns see later ones", "llama.py", "(row[i] == row[j]) & (j <= i)", "(row[i] == row[j])", f"{PATHS}::{EACH}[llama-flex]"),
-    ("dense: columns see later ones", "gpt2.py", "[visible(row, row) for row in rows]", "[visible(row, row) | visible(row, row).mT for row in rows]",
+    ("dense: columns see later ones", "gpt2.py", "[visible(mine[None], mine[None]) for mine in", "[visible(mine[None], mine[None]) | visible(mine[None], mine[None]).mT for mine in",
      f"{PATHS}::{EACH}[gpt2-dense]"),
-    ("the last block's columns counted with padding", "llama.py", "torch.searchsorted(index, at)", "at.clamp(max=len(index) - 1)", f"{PATHS}::{EACH}[llama-dense]"),
+    ("the last block's columns counted with padding", "llama.py", "torch.searchsorted(index, at).clamp(max=len(index) - 1)", "at.clamp(max=len(index) - 1)", f"{PATHS}::{EACH}[llama-dense]"),
     ("a cache that forgets branches", "gpt2.py", "else self.branch[:, : self.used], self.length)", "else 0 * self.branch[:, : self.used], self.length)", SAMPLES),
     ("a chunk without its temperature", "heads.py", "checkpoint(self.read, *chunk, temperature, entropy", "checkpoint(self.read, *chunk, 1.0, entropy",
      f"{PATHS}::{EACH}[gpt2-chunked]"),
