@@ -204,7 +204,8 @@ def test_the_share_is_the_limits_time_over_the_steps(monkeypatch):
     monkeypatch.setattr(limit.speed, "_now", lambda device: clock[0])
     step = lambda rows: clock.__setitem__(0, clock[0] + 2) or (100, 30, 0.5)
     found = limit.alternate(step, [limit.random_rows(1, 9)] * 2, torch.device("cpu"), lambda: (next(rates), "shape"), lambda: next(flows))
-    assert found["bound"] == 100 / 400 + 30 / 60 and found["share"] == 0.375 and found["seconds"] == 2 and found["columns"] == 250 + 4 * 14
+    bound = 100 / 250 + 30 / 45                  # means of before and after: (100 + 400) / 2, (60 + 30) / 2
+    assert found["bound"] == bound and found["share"] == bound / 2 and found["seconds"] == 2 and found["columns"] == 250 + 4 * 14
 
 
 def test_the_row_of_the_limit(folder, monkeypatch):
