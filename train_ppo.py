@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, dist, generate, optim, ppo, speed
+from nanorlhf import checkpoint, data, dist, generate, optim, ppo, runs, speed
 from nanorlhf.batching import Row, ahead, context_limit, encode_all, micro_batches, order, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Policy
@@ -219,7 +219,7 @@ def main(config):
           warmup=(0, None), seed=(0, 2**63 - 1), eval_every=(1, None), save_every=(1, None))
     if config.groups % config.minibatches:
         raise InputError(f"--minibatches {config.minibatches} does not divide --groups {config.groups}")
-    resuming = checkpoint.open_run(config, "train_ppo")
+    resuming = runs.resumable(config, "train_ppo")
     device = dist.setup(config.device, config.seed)
 
     # policy with a critic on its trunk, its frozen reference, the reward, the prompts
@@ -263,10 +263,10 @@ def main(config):
                    f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0", machine=meter)
     first, kl_coef = 0, config.kl_coef
     if resuming:
-        state = checkpoint.load_state(config.out, policy, optimizer)
+        state = runs.load(config.out, policy, optimizer)
         first, kl_coef = state["step"], state["kl_coef"]
         print(f"resuming at step {first}")
-    checkpoint.begin(config, "train_ppo", config.policy)           # again where it resumes: --steps may be more than before
+    runs.begin(config, "train_ppo", config.policy)           # again where it resumes: --steps may be more than before
     log = Log(config.out, first, config.steps, SHOWN)
     measure = lambda step: held_prompts and evaluate(policy, reference, tok, reward, held_prompts[:EVAL_PROMPTS], held_texts, config, device, step, log)
     if first == 0:
@@ -293,7 +293,7 @@ def main(config):
             measure(step)
         if done or stop.asked or (step + 1) % config.save_every == 0:
             checkpoint.save_policy(Path(config.out) / "model", policy, tok)
-            checkpoint.save_state(config.out, policy, optimizer, step + 1, kl_coef=kl_coef)
+            runs.save(config.out, policy, optimizer, step + 1, kl_coef=kl_coef)
         if stop.asked and not done:
             raise KeyboardInterrupt(dist.GO_ON)
     print(f"done: {Path(config.out) / 'model'}")

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, dist, losses, optim, speed
+from nanorlhf import checkpoint, data, dist, losses, optim, runs, speed
 from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, order, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Scorer
@@ -145,7 +145,7 @@ def show(rows, outputs, groups, step, log):
 def main(config):
     check(config, steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None), seed=(0, 2**63 - 1),
           eval_every=(1, None), save_every=(1, None), quantiles=(2, 1000), kappa=(0, None), rank_coef=(0, None), quantile_coef=(0, None))
-    resuming = checkpoint.open_run(config, "train_rm")
+    resuming = runs.resumable(config, "train_rm")
     device = dist.setup(config.device, config.seed)
 
     # data, model, optimizer
@@ -181,11 +181,11 @@ def main(config):
                  "quantile": f"{config.rank_coef} ranking of means + {config.quantile_coef} quantile Huber, kappa {config.kappa}, target "
                              f"{config.quantile_target}"}[config.loss] + f"; labels {config.labels}")
     if resuming:
-        first = checkpoint.load_state(config.out, scorer, optimizer)["step"]
+        first = runs.load(config.out, scorer, optimizer)["step"]
         print(f"resuming at step {first}")
     else:
         first = 0
-    checkpoint.begin(config, "train_rm", config.init)           # again where it resumes: --steps may be more than before
+    runs.begin(config, "train_rm", config.init)           # again where it resumes: --steps may be more than before
     log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens_per_second", "share", "seconds"))
     if first == 0 and held_rows:
         log.evaluation(-1, **evaluate(scorer, held_rows, config, device)[0])
@@ -218,7 +218,7 @@ def main(config):
                 log.warn(f"at chance: {numbers['eval_accuracy']:.3f} of {numbers['eval_pairs']} held-out pairs could be a coin's")
         if done or stop.asked or (step + 1) % config.save_every == 0:
             checkpoint.save_reward_model(Path(config.out) / "model", reward_model)
-            checkpoint.save_state(config.out, scorer, optimizer, step + 1)
+            runs.save(config.out, scorer, optimizer, step + 1)
         if stop.asked and not done:
             raise KeyboardInterrupt(dist.GO_ON)
     print(f"done: {Path(config.out) / 'model'}")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, dist, generate, optim, speed
+from nanorlhf import checkpoint, data, dist, generate, optim, runs, speed
 from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Policy
@@ -67,7 +67,7 @@ def show(policy, tok, rows, prompts, step, config, log):
 def main(config):
     check(config, steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None),
           seed=(0, 2**63 - 1), eval_every=(1, None), save_every=(1, None))
-    resuming = checkpoint.open_run(config, "train_sft")
+    resuming = runs.resumable(config, "train_sft")
     device = dist.setup(config.device, config.seed)
 
     # data, model, optimizer
@@ -96,11 +96,11 @@ def main(config):
                    f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
            machine=meter, loss="mean over response tokens and EOS of the whole step")
     if resuming:
-        first = checkpoint.load_state(config.out, policy, optimizer)["step"]
+        first = runs.load(config.out, policy, optimizer)["step"]
         print(f"resuming at step {first}")
     else:
         first = 0
-    checkpoint.begin(config, "train_sft", config.init)           # again where it resumes: --steps may be more than before
+    runs.begin(config, "train_sft", config.init)           # again where it resumes: --steps may be more than before
     log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens_per_second", "share", "seconds"))
     if first == 0 and held_rows:
         log.evaluation(-1, eval_loss=evaluate(policy, held_rows, config, device))
@@ -127,7 +127,7 @@ def main(config):
             show(policy, tok, held_rows, [group.prompt for group in held_out], step, config, log)
         if done or stop.asked or (step + 1) % config.save_every == 0:
             checkpoint.save_policy(Path(config.out) / "model", policy, tok)
-            checkpoint.save_state(config.out, policy, optimizer, step + 1)
+            runs.save(config.out, policy, optimizer, step + 1)
         if stop.asked and not done:
             raise KeyboardInterrupt(dist.GO_ON)
     print(f"done: {Path(config.out) / 'model'}")

@@ -232,8 +232,8 @@ FAULTS = [   # name, file, what stands there, what is put there, the test that m
      "[torch.nn.utils.clip_grad_norm_([p], MAX_GRAD_NORM) for p in model.parameters()]",
      "test_faults.py::test_update_clips_the_norm_of_the_whole_gradient"),
     ("a step with NaN", "optim.py", 'if not norm < float("inf")', "if False", "test_faults.py::test_update_refuses_a_gradient_that_is_not_finite"),
-    ("a resume that forgets the optimizer", "checkpoint.py", "                if state:", "                if False:",
-     "test_checkpoint.py::test_state_resumes_bit_for_bit"),
+    ("a resume that forgets the optimizer", "runs.py", "                if state:", "                if False:",
+     "test_runs.py::test_state_resumes_bit_for_bit"),
 ]
 
 

@@ -22,7 +22,7 @@ ENTRIES = {"train_sft.py": "train_sft", "train_rm.py": "train_rm", "train_ppo.py
 # Who may import whom; a leaf imports nobody and can be read alone in a lecture.
 LEAVES = {"losses", "ppo", "gpt2", "llama", "heads", "config", "tokenizer", "dist", "log", "optim", "speed"}
 ALLOWED = {"data": {"config"}, "batching": {"config", "data"}, "generate": {"batching"}, "reward": {"batching", "config", "data"},
-           "checkpoint": {"config", "gpt2", "heads", "llama", "log", "reward", "tokenizer"},
+           "checkpoint": {"config", "gpt2", "heads", "llama", "log", "reward", "tokenizer"}, "runs": {"checkpoint", "config", "log"},
            "sample": {"batching", "checkpoint", "config", "data", "dist", "generate", "log", "reward", "speed"},
            # the study may import the method and the scripts, the method never the study
            "study/world": set(), "study/small": {"checkpoint", "gpt2", "heads", "llama", "tokenizer"},

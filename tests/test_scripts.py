@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, config, data, dist, generate, gpt2, llama, sample, tokenizer
+from nanorlhf import checkpoint, config, data, dist, generate, gpt2, llama, runs, sample, tokenizer
 from nanorlhf.heads import Policy
 from nanorlhf.log import Log
 from nanorlhf.reward import FunctionReward
@@ -570,7 +570,7 @@ def test_a_run_that_died_before_its_first_save_starts_again(world, tmp_path, mon
     flags = dict(data=world / "label.jsonl", init=world / "gpt2", **{**SFT, "steps": 3})
     whole = start(train_sft, out=tmp_path / "whole", **flags)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_state", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(runs, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError):         # the model is saved, its state is not
             start(train_sft, out=tmp_path / "again", **flags)
     start(train_sft, out=tmp_path / "again", **flags)
