@@ -1,6 +1,10 @@
 """Stage 3: PPO on a reward model or on a Python function. Rollout, advantages, clipped epochs: each a function below.
 
     python train_ppo.py --data FairytaleQAData --policy runs/sft --reward runs/rm --out runs/ppo --steps 100
+    torchrun --nproc_per_node=8 train_ppo.py ...         the same on eight GPUs: same prompts a rollout, same minibatches, same update
+
+Every process samples, scores and looks at its share of the prompts. The rollout (integers and a few numbers a token) is then known to all:
+whitening, KL control and logs are of the whole, and minibatches are planned globally and dealt out.
 """
 import copy
 import time
@@ -12,18 +16,20 @@ from typing import Literal
 import torch
 
 from nanorlhf import checkpoint, data, dist, generate, optim, ppo, runs, speed
-from nanorlhf.batching import Row, ahead, context_limit, encode_all, micro_batches, order, take
+from nanorlhf.batching import Row, ahead, context_limit, deal, encode_all, order, plans, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Policy
 from nanorlhf.log import Log, header
 from nanorlhf.reward import FunctionReward, is_function
 
+SCRIPT = "train_ppo"
 SCORE_CLIP = 10.0          # a normalised score beyond this is an outlier of the reward model
 ADAM_EPS = 1e-5
 CRITIC_STEPS = 20          # rollouts in which a critic that starts at 0 may be worse than a constant
 EVAL_PROMPTS = 64          # held-out prompts, one response each, the same draws at every evaluation
 SAMPLE_PROMPTS = 3         # of them, how many are shown
 
+NUMBERS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "kl_rollout")
 SHOWN = ("score", "kl", "entropy", "response_length", "eos_rate", "distinct",
          "ratio_first", "clip_fraction", "value_explained", "share", "seconds")   # on the progress line
 
@@ -87,35 +93,46 @@ class Rollout:
 
 @torch.no_grad()
 def sample(policy, tok, reward, prompts, texts, config, purpose, step, k):
-    """K responses a prompt, as text to the reward, its scores back.  prompts: rows;  texts: all prompts' texts by index  ->  Rollout"""
-    with dist.autocast(policy, config.dtype):
-        found = generate.sample(policy.trunk, [row.prompt for row in prompts], [row.index for row in prompts], k, config.max_new, tok.eos_id,
-                                config.seed, purpose, step, config.temperature, max_tokens=config.max_tokens)
-    rows = [Row(row.prompt, responses, row.index) for row, responses in zip(prompts, found)]
-    ended = torch.tensor([[ids[-1] == tok.eos_id for ids in responses] for responses in found])
-    answers = [[tok.decode(ids[:-1] if ids[-1] == tok.eos_id else ids) for ids in responses] for responses in found]
-    with dist.autocast(policy, config.dtype):
-        raw = reward.score_texts([texts[row.index] for row in rows], answers, ended.tolist(), normalised=False)
+    """K responses a prompt, as text to the reward, its scores back; each process has its share of the prompts, all get the whole.
+
+    prompts: rows;  texts: all prompts' texts by index  ->  Rollout
+    """
+    mine = deal([len(row.prompt) + k * config.max_new for row in prompts], dist.world())[dist.rank()]
+    tokens, lengths, raw = torch.zeros(len(prompts), k, config.max_new, dtype=torch.long), torch.zeros(len(prompts), k, dtype=torch.long), torch.zeros(len(prompts), k)
+    say = lambda ids: tok.decode(ids[:-1] if ids[-1] == tok.eos_id else ids)
+    if mine:
+        with dist.autocast(policy, config.dtype):
+            found = generate.sample(policy.trunk, [prompts[i].prompt for i in mine], [prompts[i].index for i in mine], k, config.max_new, tok.eos_id,
+                                    config.seed, purpose, step, config.temperature, max_tokens=config.max_tokens)
+            raw[mine] = reward.score_texts([texts[prompts[i].index] for i in mine], [[say(ids) for ids in responses] for responses in found],
+                                           [[ids[-1] == tok.eos_id for ids in responses] for responses in found], normalised=False)
+        lengths[mine] = torch.tensor([[len(ids) for ids in responses] for responses in found])
+        tokens[mine] = torch.tensor([[ids + [0] * (config.max_new - len(ids)) for ids in responses] for responses in found])
+    for tensor in (tokens, lengths, raw):
+        dist.add(tensor)                         # each entry was filled by one process
     if not torch.isfinite(raw).all():
         raise InputError(f"the reward model gave NaN or infinity at step {step}; look at its weights")
+    rows = [Row(row.prompt, [ids[:n] for ids, n in zip(responses, ns)], row.index) for row, responses, ns in zip(prompts, tokens.tolist(), lengths.tolist())]
+    ended = torch.tensor([[ids[-1] == tok.eos_id for ids in row.responses] for row in rows])
     normalised = reward.normalise(raw).clamp(-SCORE_CLIP, SCORE_CLIP)
-    lengths = torch.tensor([[len(ids) for ids in responses] for responses in found])
     mask = torch.arange(lengths.max().item()) < lengths.unsqueeze(-1)
-    return Rollout(rows, answers, ended, mask, raw, normalised, normalised - config.eos_penalty * ~ended)
+    return Rollout(rows, [[say(ids) for ids in row.responses] for row in rows], ended, mask, raw, normalised, normalised - config.eos_penalty * ~ended)
 
 
 @torch.no_grad()
 def look(policy, reference, rollout, config, device):
     """Log-probabilities, values and entropy of a rollout, by the forward that trains: with the same packing the first ratio is exactly 1."""
     shape = rollout.mask.shape
-    rollout.old_logprobs, rollout.ref_logprobs, rollout.values, rollout.entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
-    plan = micro_batches([row.columns for row in rollout.rows], config.max_tokens)
-    for part, batch in zip(plan, ahead(rollout.rows, plan, device)):
+    rollout.old_logprobs, rollout.ref_logprobs, rollout.values, rollout.entropy = tensors = [torch.zeros(shape, dtype=torch.float64) for _ in range(4)]
+    mine = plans([row.columns for row in rollout.rows], config.max_tokens, dist.world())[dist.rank()]
+    for part, batch in zip(mine, ahead(rollout.rows, mine, device)):
         with dist.autocast(policy, config.dtype):
-            mine = policy(batch, config.temperature, ppo.entropy)
-            theirs = reference(batch, config.temperature)
-        for name, found in (("old_logprobs", mine.logprobs), ("ref_logprobs", theirs.logprobs), ("values", mine.values), ("entropy", mine.entropy)):
-            getattr(rollout, name)[part, :, : found.shape[-1]] = found.double().cpu()
+            logprobs, entropy, values = policy(batch, config.temperature, ppo.entropy)
+            ref_logprobs = reference(batch, config.temperature).logprobs
+        for tensor, found in zip(tensors, (logprobs, ref_logprobs, values, entropy)):
+            tensor[part, :, : found.shape[-1]] = found.double().cpu()
+    for tensor in tensors:
+        dist.add(tensor)
 
 
 def add_advantages(rollout, kl_coef, config):
@@ -126,38 +143,53 @@ def add_advantages(rollout, kl_coef, config):
     return rewards
 
 
-def update(policy, optimizer, rollout, config, device, step, lr):
+def losses_of(policy, batch, known, count, responses, config):
+    """Of a micro-batch: the loss, its numbers for the log, and the ratio that is farthest from 1.
+
+    known: a Rollout's tensor by name, for this batch;  count: tokens of the whole minibatch, responses: likewise
+    """
+    with dist.autocast(policy, config.dtype):
+        now = policy(batch, config.temperature)
+    old_logprobs = known("old_logprobs")
+    policy_loss, clipped = ppo.policy_loss(now.logprobs, old_logprobs, known("advantages"), batch.mask, config.clip, count)
+    value_loss, value_clipped = ppo.value_loss(now.values, known("values"), known("returns"), batch.mask, config.value_clip, count)
+    kl = ppo.masked_mean(ppo.kl_k3(old_logprobs, now.logprobs.detach()), batch.mask, responses)                 # per response
+    ratio = torch.exp(now.logprobs.detach() - old_logprobs)[batch.mask]
+    numbers = dict(policy_loss=policy_loss.item(), value_loss=value_loss.item(), clip_fraction=clipped.item(), value_clip_fraction=value_clipped.item(), kl_rollout=kl.item())
+    return policy_loss + config.vf_coef * value_loss, numbers, ratio[(ratio - 1).abs().argmax()].item()
+
+
+def update(policy, optimizer, rollout, config, device, step, lr, finite):
     """Clipped PPO: epochs of fresh permutations, each cut into minibatches of whole groups.  -> mean numbers over the minibatches"""
     groups, size, seen, first_ratio = len(rollout.rows), len(rollout.rows) // config.minibatches, [], None
     for epoch in range(config.epochs):
         shuffled, kls = order(groups, config.seed, step * config.epochs + epoch, generate.MINIBATCH), []
         for start in range(0, groups, size):
             part = shuffled[start : start + size].tolist()
-            numbers = Counter()
-            rows, count = [rollout.rows[i] for i in part], int(rollout.mask[part].sum())       # tokens of the whole minibatch
-            plan = micro_batches([row.columns for row in rows], config.max_tokens)
-            for chosen, batch in zip(plan, ahead(rows, plan, device)):
+            rows, count = [rollout.rows[i] for i in part], int(rollout.mask[part].sum())       # tokens of the whole minibatch, on all processes
+            parts, losses, mine, ratios = plans([row.columns for row in rows], config.max_tokens, dist.world()), [], Counter(), []
+            for chosen, batch in zip(parts[dist.rank()], ahead(rows, parts[dist.rank()], device)):
                 at, width = [part[i] for i in chosen], batch.mask.shape[-1]
-                known = lambda x: x[at, :, :width].to(device, torch.float64 if config.dtype == "float64" else torch.float32)
-                with dist.autocast(policy, config.dtype):
-                    now = policy(batch, config.temperature)
-                old_logprobs = known(rollout.old_logprobs)
-                policy_loss, clipped = ppo.policy_loss(now.logprobs, old_logprobs, known(rollout.advantages), batch.mask, config.clip, count)
-                value_loss, value_clipped = ppo.value_loss(now.values, known(rollout.values), known(rollout.returns), batch.mask, config.value_clip, count)
-                (policy_loss + config.vf_coef * value_loss).backward()
-                kl = ppo.masked_mean(ppo.kl_k3(old_logprobs, now.logprobs.detach()), batch.mask, len(part) * config.k)    # per response
-                numbers.update(policy_loss=policy_loss.item(), value_loss=value_loss.item(), clip_fraction=clipped.item(),
-                               value_clip_fraction=value_clipped.item(), kl_rollout=kl.item())
-                if not seen:           # before the first optimizer step the policy is the one that sampled: every ratio is 1
-                    ratio = torch.exp(now.logprobs.detach() - old_logprobs)[batch.mask]
-                    far = ratio[(ratio - 1).abs().argmax()].item()
-                    first_ratio = far if first_ratio is None or abs(far - 1) > abs(first_ratio - 1) else first_ratio
-            numbers["grad_norm"] = optim.update(policy, optimizer, lr)
-            seen.append(numbers)
-            kls.append(numbers["kl_rollout"])
-        if config.target_kl and sum(kls) / len(kls) > config.target_kl:
+                known = lambda name: getattr(rollout, name)[at, :, :width].to(device, torch.float64 if config.dtype == "float64" else torch.float32)
+                loss, numbers, ratio = losses_of(policy, batch, known, count, len(part) * config.k, config)
+                loss.backward()
+                losses.append(loss.item())
+                mine.update(numbers)
+                ratios.append(ratio)
+            dist.add_gradients(policy)
+            norm = optim.gradient_norm(policy)
+            losses, norms, told, ratios = zip(*dist.everyone([losses, norm.item(), mine, ratios]))
+            numbers = {name: sum(numbers.get(name, 0.0) for numbers in told) for name in NUMBERS} | {"grad_norm": norms[0]}
+            if first_ratio is None:              # before the first optimizer step the policy is the one that sampled: every ratio is 1
+                first_ratio = max(sum(ratios, []), key=lambda ratio: abs(ratio - 1))
+            if finite(step, rows, parts, losses, norms, **{name: getattr(rollout, name)[part] for name in ("old_logprobs", "advantages", "values", "returns")}):
+                optim.update(policy, optimizer, lr, norm)
+                seen.append(numbers)
+                kls.append(numbers["kl_rollout"])
+        if config.target_kl and kls and sum(kls) / len(kls) > config.target_kl:
             break
-    return {"ratio_first": first_ratio, **{name: sum(numbers[name] for numbers in seen) / len(seen) for name in seen[0]}, "updates": len(seen)}
+    means = {name: sum(numbers[name] for numbers in seen) / len(seen) if seen else float("nan") for name in (*NUMBERS, "grad_norm")}
+    return {"ratio_first": first_ratio, **means, "updates": len(seen), "skipped": finite.skipped}
 
 
 def describe(rollout, rewards, kl_coef):
@@ -219,8 +251,8 @@ def main(config):
           warmup=(0, None), seed=(0, 2**63 - 1), eval_every=(1, None), save_every=(1, None))
     if config.groups % config.minibatches:
         raise InputError(f"--minibatches {config.minibatches} does not divide --groups {config.groups}")
-    resuming = runs.resumable(config, "train_ppo")
     device = dist.setup(config.device, config.seed)
+    resuming = runs.resumable(config, SCRIPT)
 
     # policy with a critic on its trunk, its frozen reference, the reward, the prompts
     width = torch.float64 if config.dtype == "float64" else torch.float32
@@ -234,13 +266,11 @@ def main(config):
         reward.use(config.statistic)
         reward.max_tokens = config.max_tokens
         reward.model.to(device, width).requires_grad_(False)
-        if not reward.moments:
-            Log.warn(f"{config.reward} has no normalisation (its run did not finish): rewards are its raw outputs")
-        about = f"{reward.model.trunk.family}, {config.statistic} of {reward.model.score.out_features} outputs, map {reward.map}, " \
-                f"less {reward.mean:.4f}, over {reward.std:.4f}"
+        about = f"{reward.model.trunk.family}, {config.statistic} of {reward.model.score.out_features} outputs, map {reward.map}, " + (
+                f"less {reward.mean:.4f}, over {reward.std:.4f}" if reward.moments else "raw: it has no normalisation, as its run did not finish")
     for each in [trunk, reference.trunk] + ([] if is_function(config.reward) else [reward.model.trunk]):
         speed.tune(each, device, config.dtype, config.compile, config.recompute)
-    optimizer, meter = optim.adamw(policy, config.lr, ADAM_EPS), speed.Meter(trunk, device, config.dtype)
+    optimizer, meter = optim.adamw(policy, config.lr, ADAM_EPS), speed.Meter(trunk, device, config.dtype, dist.world())
     found = data.load(config.data)
     limit = context_limit(config.max_length, trunk.config.context)
     if config.max_new >= limit:
@@ -261,13 +291,11 @@ def main(config):
                      f"lambda {config.lam}, clip {config.clip}, temperature {config.temperature}",
            numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, eps {ADAM_EPS}, "
                    f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0", machine=meter)
-    first, kl_coef = 0, config.kl_coef
-    if resuming:
-        state = runs.load(config.out, policy, optimizer)
-        first, kl_coef = state["step"], state["kl_coef"]
-        print(f"resuming at step {first}")
-    runs.begin(config, "train_ppo", config.policy)           # again where it resumes: --steps may be more than before
-    log = Log(config.out, first, config.steps, SHOWN)
+    state = runs.load(config, policy, optimizer) if resuming else {"step": 0, "kl_coef": config.kl_coef, "skipped": 0, "in_a_row": 0}
+    dist.share(policy.parameters())
+    first, kl_coef, finite = state["step"], state["kl_coef"], runs.Finite(config, SCRIPT, policy, state["skipped"], state["in_a_row"])
+    runs.begin(config, SCRIPT, config.policy)           # again where it resumes: --steps may be more than before
+    log = Log(config.out, first, config.steps, SHOWN, dist.rank() == 0)
     measure = lambda step: held_prompts and evaluate(policy, reference, tok, reward, held_prompts[:EVAL_PROMPTS], held_texts, config, device, step, log)
     if first == 0:
         measure(-1)
@@ -281,21 +309,23 @@ def main(config):
         rewards = add_advantages(rollout, kl_coef, config)
         numbers = describe(rollout, rewards, kl_coef)
         lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
-        numbers.update(update(policy, optimizer, rollout, config, device, step, lr))
+        numbers.update(update(policy, optimizer, rollout, config, device, step, lr, finite))
         if config.kl_target:
             kl_coef = ppo.adapt_kl_coef(kl_coef, numbers["kl"], config.kl_target, rollout.scores.numel(), config.kl_horizon)
-        log.step(step, **numbers, lr=lr, **meter(rollout.rows, micro_batches([row.columns for row in rollout.rows], config.max_tokens),
-                                                 operations(trunk, reward, rollout, numbers["updates"] / config.minibatches), time.time() - began))
+        asked, memory = zip(*dist.everyone([stop.asked, speed.peak_memory(device)]))
+        work = operations(trunk, reward, rollout, numbers["updates"] / config.minibatches)
+        parts = plans([row.columns for row in rollout.rows], config.max_tokens, dist.world())
+        log.step(step, **numbers, lr=lr, memory_gb=max(memory), **meter(rollout.rows, parts, work, time.time() - began))
         complain(numbers, config, step, log)
 
         done = step + 1 == config.steps
         if done or (step + 1) % config.eval_every == 0:
             measure(step)
-        if done or stop.asked or (step + 1) % config.save_every == 0:
-            checkpoint.save_policy(Path(config.out) / "model", policy, tok)
-            runs.save(config.out, policy, optimizer, step + 1, kl_coef=kl_coef)
-        if stop.asked and not done:
-            raise KeyboardInterrupt(dist.GO_ON)
+        if done or any(asked) or (step + 1) % config.save_every == 0:
+            runs.save(config, SCRIPT, policy, optimizer, step + 1, lambda: checkpoint.save_policy(Path(config.out) / "model", policy, tok),
+                      kl_coef=kl_coef, **finite.numbers())
+        if any(asked) and not done:
+            raise dist.Stopped(max(asked))
     print(f"done: {Path(config.out) / 'model'}")
 
 

@@ -1,6 +1,7 @@
 """Stage 2: a reward model, by ranking, classification or quantile regression. Any loss trains on any labels.
 
     python train_rm.py --data ranked.jsonl --init runs/sft --loss ranking --out runs/rm --steps 200
+    torchrun --nproc_per_node=8 train_rm.py ...          the same on eight GPUs: same groups a step, same update
 """
 import time
 from collections import Counter
@@ -12,12 +13,13 @@ from typing import Literal
 import torch
 
 from nanorlhf import checkpoint, data, dist, losses, optim, runs, speed
-from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, order, take
+from nanorlhf.batching import ahead, context_limit, encode_all, order, plans, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Scorer
 from nanorlhf.log import Log, header
 from nanorlhf.reward import STD_FLOOR, RewardModel
 
+SCRIPT = "train_rm"
 EVAL_GROUPS = 250          # held-out groups that accuracy is measured on
 SAMPLE_GROUPS = 2          # held-out groups whose responses are shown with their scores
 FIT_GROUPS = 500           # training groups that the normalisation is fitted on
@@ -89,14 +91,16 @@ def reward_loss(outputs, batch, count, config):
 
 @torch.no_grad()
 def outputs_of(model, rows, config, device):
-    """Raw outputs (K,N) of each row, and the loss over all of them."""
-    plan, count, found, total = micro_batches([row.columns for row in rows], config.max_tokens), counts(rows, config), {}, 0.0
-    for part, batch in zip(plan, ahead(rows, plan, device)):
+    """Raw outputs (K,N) of each row, and the loss over all of them, the work shared among the processes."""
+    mine, count, found, total = plans([row.columns for row in rows], config.max_tokens, dist.world())[dist.rank()], counts(rows, config), [], 0.0
+    for part, batch in zip(mine, ahead(rows, mine, device)):
         with dist.autocast(model, config.dtype):
             outputs = model(batch)
         total += reward_loss(outputs, batch, count, config).item()
-        found.update((i, outputs[b, : len(rows[i].responses)].cpu()) for b, i in enumerate(part))
-    return [found[i] for i in range(len(rows))], total
+        found += [[i, outputs[b, : len(rows[i].responses)].tolist()] for b, i in enumerate(part)]
+    told, totals = zip(*dist.everyone([found, total]))
+    wide = torch.float64 if config.dtype == "float64" else torch.float32
+    return [torch.tensor(outputs, dtype=wide) for _, outputs in sorted(pair for pairs in told for pair in pairs)], sum(totals)
 
 
 def at_chance(accuracy, pairs):
@@ -145,8 +149,8 @@ def show(rows, outputs, groups, step, log):
 def main(config):
     check(config, steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None), seed=(0, 2**63 - 1),
           eval_every=(1, None), save_every=(1, None), quantiles=(2, 1000), kappa=(0, None), rank_coef=(0, None), quantile_coef=(0, None))
-    resuming = runs.resumable(config, "train_rm")
     device = dist.setup(config.device, config.seed)
+    resuming = runs.resumable(config, SCRIPT)
 
     # data, model, optimizer
     found = data.load(config.data)
@@ -166,7 +170,7 @@ def main(config):
     scorer.draw_head()
     scorer = scorer.to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     speed.tune(trunk, device, config.dtype, config.compile, config.recompute)
-    optimizer, meter = optim.adamw(scorer, config.lr), speed.Meter(trunk, device, config.dtype)
+    optimizer, meter = optim.adamw(scorer, config.lr), speed.Meter(trunk, device, config.dtype, dist.world())
     reward_model = RewardModel(scorer, tok, "tanh_half" if config.loss == "classification" else "identity", max_length=limit)
 
     header(f"train_rm: a reward model by {config.loss}",
@@ -180,13 +184,11 @@ def main(config):
            machine=meter, loss={"ranking": f"-log sigmoid of every pair's margin, pairs {config.pairs}", "classification": "BCE, good and bad equal within a group",
                  "quantile": f"{config.rank_coef} ranking of means + {config.quantile_coef} quantile Huber, kappa {config.kappa}, target "
                              f"{config.quantile_target}"}[config.loss] + f"; labels {config.labels}")
-    if resuming:
-        first = runs.load(config.out, scorer, optimizer)["step"]
-        print(f"resuming at step {first}")
-    else:
-        first = 0
-    runs.begin(config, "train_rm", config.init)           # again where it resumes: --steps may be more than before
-    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens_per_second", "share", "seconds"))
+    state = runs.load(config, scorer, optimizer) if resuming else {"step": 0, "skipped": 0, "in_a_row": 0}
+    dist.share(scorer.parameters())
+    first, finite = state["step"], runs.Finite(config, SCRIPT, scorer, state["skipped"], state["in_a_row"])
+    runs.begin(config, SCRIPT, config.init)           # again where it resumes: --steps may be more than before
+    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens_per_second", "share", "seconds"), dist.rank() == 0)
     if first == 0 and held_rows:
         log.evaluation(-1, **evaluate(scorer, held_rows, config, device)[0])
 
@@ -194,16 +196,21 @@ def main(config):
     for step in range(first, config.steps):
         began = time.time()
         chosen = [rows[i] for i in take(len(rows), config.groups, step, config.seed)]
-        plan, count, loss = micro_batches([row.columns for row in chosen], config.max_tokens), counts(chosen, config), 0.0
-        for batch in ahead(chosen, plan, device):
+        parts, count, losses = plans([row.columns for row in chosen], config.max_tokens, dist.world()), counts(chosen, config), []
+        for batch in ahead(chosen, parts[dist.rank()], device):
             with dist.autocast(scorer, config.dtype):
                 outputs = scorer(batch)
-            part = reward_loss(outputs, batch, count, config)
-            part.backward()
-            loss += part.item()
+            loss = reward_loss(outputs, batch, count, config)
+            loss.backward()
+            losses.append(loss.item())
+        dist.add_gradients(scorer)
+        norm = optim.gradient_norm(scorer)
+        losses, norms, asked, memory = zip(*dist.everyone([losses, norm.item(), stop.asked, speed.peak_memory(device)]))
         lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
-        norm = optim.update(scorer, optimizer, lr)
-        log.step(step, loss=loss, lr=lr, grad_norm=norm, **meter(chosen, plan, 3 * speed.forward_operations(trunk, chosen, head=False), time.time() - began))
+        if finite(step, chosen, parts, losses, norms):
+            optim.update(scorer, optimizer, lr, norm)
+        log.step(step, loss=sum(map(sum, losses)), lr=lr, grad_norm=norms[0], skipped=finite.skipped, memory_gb=max(memory),
+                 **meter(chosen, parts, 3 * speed.forward_operations(trunk, chosen, head=False), time.time() - began))
 
         done = step + 1 == config.steps
         if held_rows and (done or (step + 1) % config.eval_every == 0):
@@ -216,11 +223,11 @@ def main(config):
                   + (f" (under the floor {STD_FLOOR}: rewards will deviate by {spread / STD_FLOOR:.2f}, not by 1)" if spread < STD_FLOOR else ""))
             if held_rows and at_chance(numbers["eval_accuracy"], numbers["eval_pairs"]):
                 log.warn(f"at chance: {numbers['eval_accuracy']:.3f} of {numbers['eval_pairs']} held-out pairs could be a coin's")
-        if done or stop.asked or (step + 1) % config.save_every == 0:
-            checkpoint.save_reward_model(Path(config.out) / "model", reward_model)
-            runs.save(config.out, scorer, optimizer, step + 1)
-        if stop.asked and not done:
-            raise KeyboardInterrupt(dist.GO_ON)
+        if done or any(asked) or (step + 1) % config.save_every == 0:
+            runs.save(config, SCRIPT, scorer, optimizer, step + 1,
+                      lambda: checkpoint.save_reward_model(Path(config.out) / "model", reward_model), **finite.numbers())
+        if any(asked) and not done:
+            raise dist.Stopped(max(asked))
     print(f"done: {Path(config.out) / 'model'}")
 
 

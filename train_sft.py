@@ -1,6 +1,7 @@
 """Stage 1: a supervised policy. All responses of a prompt are one row; the loss is on response tokens and EOS alone.
 
     python train_sft.py --data FairytaleQAData --init SmolLM2-135M --out runs/sft --steps 200
+    torchrun --nproc_per_node=8 train_sft.py ...          the same on eight GPUs: same groups a step, same update
 """
 import time
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Literal
 import torch
 
 from nanorlhf import checkpoint, data, dist, generate, optim, runs, speed
-from nanorlhf.batching import ahead, context_limit, encode_all, micro_batches, take
+from nanorlhf.batching import ahead, context_limit, encode_all, plans, take
 from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Policy
 from nanorlhf.log import Log, header
 from nanorlhf.losses import sft_loss
 
+SCRIPT = "train_sft"
 EVAL_GROUPS = 100          # held-out groups that eval_loss is measured on
 SAMPLE_PROMPTS = 3         # held-out prompts whose continuations are shown
 SAMPLE_TOKENS = 48
@@ -48,10 +50,10 @@ def evaluate(policy, rows, config, device):
     """Mean loss per response token over held-out rows, EOS included."""
     count = sum(len(response) for row in rows for response in row.responses)
     total = 0.0
-    for batch in ahead(rows, micro_batches([row.columns for row in rows], config.max_tokens), device):
+    for batch in ahead(rows, plans([row.columns for row in rows], config.max_tokens, dist.world())[dist.rank()], device):
         with dist.autocast(policy, config.dtype):
             total += sft_loss(policy(batch).logprobs, batch.mask, count).item()
-    return total
+    return sum(dist.everyone(total))
 
 
 def show(policy, tok, rows, prompts, step, config, log):
@@ -67,8 +69,8 @@ def show(policy, tok, rows, prompts, step, config, log):
 def main(config):
     check(config, steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None),
           seed=(0, 2**63 - 1), eval_every=(1, None), save_every=(1, None))
-    resuming = runs.resumable(config, "train_sft")
     device = dist.setup(config.device, config.seed)
+    resuming = runs.resumable(config, SCRIPT)
 
     # data, model, optimizer
     found = data.load(config.data)
@@ -84,7 +86,7 @@ def main(config):
         raise InputError(f"--data {config.data}: no group left to train on ({dict(+(found.dropped + reasons))})")
     policy = Policy(trunk).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     speed.tune(trunk, device, config.dtype, config.compile, config.recompute)
-    optimizer, meter = optim.adamw(policy, config.lr), speed.Meter(trunk, device, config.dtype)
+    optimizer, meter = optim.adamw(policy, config.lr), speed.Meter(trunk, device, config.dtype, dist.world())
 
     header("train_sft: a supervised policy",
            model=f"{trunk.family}, {sum(p.numel() for p in policy.parameters()):,} parameters, {source}, context {trunk.config.context}",
@@ -95,13 +97,11 @@ def main(config):
            numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "
                    f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
            machine=meter, loss="mean over response tokens and EOS of the whole step")
-    if resuming:
-        first = runs.load(config.out, policy, optimizer)["step"]
-        print(f"resuming at step {first}")
-    else:
-        first = 0
-    runs.begin(config, "train_sft", config.init)           # again where it resumes: --steps may be more than before
-    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens_per_second", "share", "seconds"))
+    state = runs.load(config, policy, optimizer) if resuming else {"step": 0, "skipped": 0, "in_a_row": 0}
+    dist.share(policy.parameters())
+    first, finite = state["step"], runs.Finite(config, SCRIPT, policy, state["skipped"], state["in_a_row"])
+    runs.begin(config, SCRIPT, config.init)           # again where it resumes: --steps may be more than before
+    log = Log(config.out, first, config.steps, ("loss", "grad_norm", "tokens_per_second", "share", "seconds"), dist.rank() == 0)
     if first == 0 and held_rows:
         log.evaluation(-1, eval_loss=evaluate(policy, held_rows, config, device))
 
@@ -109,27 +109,31 @@ def main(config):
     for step in range(first, config.steps):
         began = time.time()
         chosen = [rows[i] for i in take(len(rows), config.groups, step, config.seed)]
-        plan = micro_batches([row.columns for row in chosen], config.max_tokens)
-        count = sum(len(response) for row in chosen for response in row.responses)     # of the whole step: no mean of means
-        loss = 0.0
-        for batch in ahead(chosen, plan, device):
+        parts = plans([row.columns for row in chosen], config.max_tokens, dist.world())
+        count = sum(len(response) for row in chosen for response in row.responses)     # of the whole step, on all processes: no mean of means
+        losses = []
+        for batch in ahead(chosen, parts[dist.rank()], device):
             with dist.autocast(policy, config.dtype):
-                part = sft_loss(policy(batch).logprobs, batch.mask, count)
-            part.backward()
-            loss += part.item()
+                loss = sft_loss(policy(batch).logprobs, batch.mask, count)
+            loss.backward()
+            losses.append(loss.item())
+        dist.add_gradients(policy)
+        norm = optim.gradient_norm(policy)
+        losses, norms, asked, memory = zip(*dist.everyone([losses, norm.item(), stop.asked, speed.peak_memory(device)]))
         lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
-        norm = optim.update(policy, optimizer, lr)
-        log.step(step, loss=loss, lr=lr, grad_norm=norm, **meter(chosen, plan, 3 * speed.forward_operations(trunk, chosen, head=True), time.time() - began))
+        if finite(step, chosen, parts, losses, norms):
+            optim.update(policy, optimizer, lr, norm)
+        log.step(step, loss=sum(map(sum, losses)), lr=lr, grad_norm=norms[0], skipped=finite.skipped, memory_gb=max(memory),
+                 **meter(chosen, parts, 3 * speed.forward_operations(trunk, chosen, head=True), time.time() - began))
 
         done = step + 1 == config.steps
         if held_rows and (done or (step + 1) % config.eval_every == 0):
             log.evaluation(step, eval_loss=evaluate(policy, held_rows, config, device))
             show(policy, tok, held_rows, [group.prompt for group in held_out], step, config, log)
-        if done or stop.asked or (step + 1) % config.save_every == 0:
-            checkpoint.save_policy(Path(config.out) / "model", policy, tok)
-            runs.save(config.out, policy, optimizer, step + 1)
-        if stop.asked and not done:
-            raise KeyboardInterrupt(dist.GO_ON)
+        if done or any(asked) or (step + 1) % config.save_every == 0:
+            runs.save(config, SCRIPT, policy, optimizer, step + 1, lambda: checkpoint.save_policy(Path(config.out) / "model", policy, tok), **finite.numbers())
+        if any(asked) and not done:
+            raise dist.Stopped(max(asked))
     print(f"done: {Path(config.out) / 'model'}")
 
 

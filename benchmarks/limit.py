@@ -94,7 +94,7 @@ def training(work, trunk, device, dtype, max_tokens=4096):
             part.backward()
             part.item()
         began = speed._now(device)
-        optim.update(model, optimizer, bench.LR)
+        optim.update(model, optimizer, bench.LR, optim.gradient_norm(model))
         return 3 * speed.forward_operations(trunk, rows, head), 0, speed._now(device) - began
     return step
 

@@ -4,7 +4,7 @@
     branch       0 0 0 0 0 0  1 1 1  2 2 2 2  3 3 -1-1
     positions    0 1 2 3 4 5  6 7 8  6 7 8 9  6 7  0 0          each response continues where the prompt ended
 
-First a plan, in integers that can be printed and tested: which groups make a step, which of them share a micro-batch.
+First a plan, in integers that can be printed and tested: which groups make a step, which process has them, which share a micro-batch.
 Then tensors: `pack_rows`. Then the device: `ahead`.
 
 B groups, K responses a group, R response tokens, T columns, M target values.
@@ -129,6 +129,21 @@ def micro_batches(columns, max_tokens, padded=False):
             plan.append([i])
             width = columns[i]
     return plan
+
+
+def deal(columns, processes):
+    """Whole rows for each process, balanced by columns: the longest first, each to whoever has least. -> a sorted list of indices a process"""
+    shares, loads = [[] for _ in range(processes)], [0] * processes
+    for i in sorted(range(len(columns)), key=lambda i: (-columns[i], i)):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += columns[i]
+    return [sorted(share) for share in shares]
+
+
+def plans(columns, max_tokens, processes):
+    """A step's micro-batches at each process.  -> for each a list of lists of indices into `columns`; a process may have none"""
+    return [[[share[i] for i in part] for part in micro_batches([columns[i] for i in share], max_tokens)] for share in deal(columns, processes)]
 
 
 # ------------------------------------------------------------------------------------------------ integers to tensors

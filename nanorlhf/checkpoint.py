@@ -2,20 +2,23 @@
 
 config.json, model.safetensors, tokenizer files: loads with transformers' AutoModelForCausalLM / ForSequenceClassification.
 """
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from . import gpt2, llama, tokenizer
-from .config import InputError
+from .config import LARGEST_JSON, InputError, parse_json, read_bytes
+from .files import damage, replace_all, sums
 from .heads import Policy, Scorer
-from .log import replace
 from .reward import MAPS, RewardModel
 
 FAMILIES = {"gpt2": gpt2.GPT2, "llama": llama.Llama}
@@ -31,15 +34,7 @@ ROPE = {"rope_factor": "factor", "rope_low_freq_factor": "low_freq_factor", "rop
 
 
 def read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({str(error)[:80]})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
+    return parse_json(read_bytes(path, LARGEST_JSON), path)
 
 
 # ------------------------------------------------------------------------------------------------- config.json, both ways
@@ -48,10 +43,10 @@ def trunk_config(values, path):
     """Hugging Face's config.json (a dict) -> (model class, our config). What we do not implement is refused by name."""
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
-        raise InputError(f"{path}: model_type {values.get('model_type')!r} is neither gpt2 nor llama")
+        raise InputError(f"{path}: model_type {values.get('model_type')!r:.80} is neither gpt2 nor llama")
     for key, allowed in (GPT2_FIXED if family is gpt2.GPT2 else LLAMA_FIXED).items():
         if values.get(key, allowed[0]) not in allowed:
-            raise InputError(f"{path}: {key} {values[key]!r} is not implemented (only {allowed[0]!r})")
+            raise InputError(f"{path}: {key} {values[key]!r:.80} is not implemented (only {allowed[0]!r})")
     values = dict(values)
     # what equals transformers' default may be left out: GPT-2 ties its head, LLaMA does not
     values.setdefault("tie_word_embeddings", family is gpt2.GPT2)
@@ -63,7 +58,7 @@ def trunk_config(values, path):
         kind = type(field.default) if field.default is not None else int
         fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if not (value is None and field.default is None) and not (fits and (kind in (bool, str) or 0 < value < 1e9)):
-            raise InputError(f"{path}: {field.name} {value!r} is not a valid {kind.__name__}")
+            raise InputError(f"{path}: {field.name} {value!r:.80} is not a valid {kind.__name__}")
         found[field.name] = value
     config = family.Config(**found)
     if family is gpt2.GPT2 and config.n_embd % config.n_head:
@@ -80,13 +75,13 @@ def _rope(values, path):
     rope = {"rope_theta": values.get("rope_theta", 10000.0)}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(values.get(key) or {}, dict):
-            raise InputError(f"{path}: {key} {values[key]!r} is not an object")
+            raise InputError(f"{path}: {key} {values[key]!r:.80} is not an object")
         rope.update(values.get(key) or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise InputError(f"{path}: rope type {kind!r} is not implemented (default, linear, llama3)")
+        raise InputError(f"{path}: rope type {kind!r:.80} is not implemented (default, linear, llama3)")
     if rope.get("partial_rotary_factor") not in (None, 1):
-        raise InputError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not implemented (only 1)")
+        raise InputError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']!r:.80} is not implemented (only 1)")
     if kind == "llama3":                         # left out, it is the context, as in transformers
         rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings", 2048))
     absent = [key for key in ROPE.values() if key not in rope and (kind == "llama3" or kind == "linear" and key == "factor")]
@@ -116,7 +111,7 @@ def _hub_config(trunk, tok, architecture, vocab_size):
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 def _weight_files(folder):
-    """The safetensors files of a folder: one, or, without it (as in transformers), the shards that its index names."""
+    """The safetensors files of a folder: one, or, without it (as in transformers), the shards that its index names, in this folder and nowhere else."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -124,49 +119,81 @@ def _weight_files(folder):
         other = next((p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))), None)
         raise InputError(f"{folder}: no model.safetensors" + (f" ({other} is pickled and never loaded; convert it to safetensors)" if other else ""))
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise InputError(f"{index}: weight_map {names!r:.40} is not an object")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index}: weight_map {names!r:.40} does not say which tensor is in which file")
     for name in names.values():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors") or not name.isprintable():
             raise InputError(f"{index}: {name!r:.80} is not the name of a safetensors file in this folder")
+        home, real = os.path.realpath(folder), os.path.realpath(folder / name)
+        if os.path.dirname(real) not in (home, os.path.realpath(f"{home}/../../blobs")):       # the hub's cache: snapshots/REVISION links to blobs
+            raise InputError(f"{index}: {name!r:.80} is a link to {real}, outside this folder; put the file itself here")
     return [folder / name for name in sorted(set(names.values()))]
 
 
+@contextlib.contextmanager
+def _tensors(path):
+    """An open safetensors file: its header has been read and checked against the file's size, tensors have not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({str(error)[:100]})") from None
+
+
+def _headers(folder):
+    """What the files say that they hold, before anything is allocated for it.  -> {path: {tensor name: shape}}"""
+    found = {}
+    for path in _weight_files(folder):
+        with _tensors(path) as file:
+            found[path] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    return found
+
+
+def _plan(parameters, names, headers, spare):
+    """Holds the headers against the model. Every tensor is accounted for, every shape is the model's.  -> [(path, tensor, parameter, copy?)]"""
+    missing, steps = dict(names), []
+    prefix = next((name.split(".")[0] + "." for name in names if "." in name), "")
+    for path, header in headers.items():
+        for key, shape in header.items():
+            name = key if key in names else prefix + key               # GPT-2 was published without `transformer.`
+            if spare.get(key):
+                steps.append((path, key, spare[key], True))
+            if OLD_BUFFERS.search(key) or key in spare:
+                continue
+            if name not in missing:
+                raise InputError(f"{path}: tensor {key!r:.80} is not part of this model")
+            steps.append((path, key, missing.pop(name), False))
+            if shape != tuple(parameters[steps[-1][2]].shape):
+                raise InputError(f"{path}: tensor {key!r:.80} has shape {shape!s:.80}, config.json says {tuple(parameters[steps[-1][2]].shape)}")
+    if missing:
+        raise InputError(f"{next(iter(headers)).parent}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)")
+    return sorted(steps, key=lambda step: step[3])                     # copies are compared at the end
+
+
 @torch.no_grad()
-def _fill(module, names, folder, spare=None):
-    """Fills the parameters of `module` from a folder. Every tensor is accounted for.
+def _fill(module, names, headers, spare=None):
+    """Gives a module on the meta device memory, and its parameters values from the files.
 
     names: tensor name in the file -> parameter name;  spare: tensor that may be in the file but has no parameter of its
     own -> the parameter that it must equal (a tied head), or None where it is not wanted
     """
-    parameters, missing, spare, copies = dict(module.named_parameters()), dict(names), spare or {}, []
-    prefix = next((name.split(".")[0] + "." for name in names if "." in name), "")
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    name = key if key in names else prefix + key       # GPT-2 was published without `transformer.`
-                    if spare.get(key):
-                        copies.append((path, key, file.get_tensor(key)))
-                    if OLD_BUFFERS.search(key) or key in spare:
-                        continue
-                    if name not in missing:
-                        raise InputError(f"{path}: tensor {key!r} is not part of this model")
-                    tensor, parameter = file.get_tensor(key), parameters[missing.pop(name)]
-                    if tensor.shape != parameter.shape:
-                        raise InputError(f"{path}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}")
-                    if tensor.dtype not in FLOATS:
-                        raise InputError(f"{path}: tensor {key!r} holds {tensor.dtype}; quantised weights are not implemented")
-                    if not torch.isfinite(tensor).all():
-                        raise InputError(f"{path}: tensor {key!r} holds NaN or infinity")
-                    parameter.copy_(tensor)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({str(error)[:100]})") from None
-    if missing:
-        raise InputError(f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)")
-    for path, key, tensor in copies:
-        if not torch.equal(tensor.float(), parameters[spare[key]]):
-            raise InputError(f"{path}: tensor {key!r} is not the embedding, but config.json has tie_word_embeddings true; which is right?")
+    steps, path = _plan(dict(module.named_parameters()), names, headers, spare or {}), next(iter(headers))
+    try:
+        parameters = dict(module.to_empty(device="cpu").named_parameters())
+    except RuntimeError:
+        n = sum(p.numel() for p in module.parameters())
+        raise InputError(f"{path}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, do not fit into memory") from None
+    for path, mine in itertools.groupby(steps, key=lambda step: step[0]):
+        with _tensors(path) as file:
+            for _, key, name, copy in mine:
+                tensor = file.get_tensor(key)
+                if copy and not torch.equal(tensor.float(), parameters[name]):
+                    raise InputError(f"{path}: tensor {key!r} is not the embedding, but config.json has tie_word_embeddings true; which is right?")
+                if tensor.dtype not in FLOATS:
+                    raise InputError(f"{path}: tensor {key!r} holds {tensor.dtype}; quantised weights are not implemented")
+                parameters[name].copy_(tensor)
+                if not torch.isfinite(parameters[name]).all():         # here, not before: float64's 1e300 is float32's infinity
+                    raise InputError(f"{path}: tensor {key!r} holds NaN or infinity, or numbers beyond float32")
 
 
 def _names(trunk):
@@ -194,6 +221,13 @@ def model_folder(path):
     return path
 
 
+def _check_sums(folder):
+    """A folder that came with SHA256SUMS, as ours do, is what was written."""
+    for name in sums(folder):
+        if wrong := damage(folder / name):
+            raise InputError(f"{folder}: {wrong} (the run that wrote it writes it again; if you changed it yourself, remove that line)")
+
+
 def load_tokenizer(folder):
     try:
         return tokenizer.load(folder)
@@ -206,32 +240,41 @@ def _check_fit(trunk, tok, folder):
         raise InputError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model {trunk.config.vocab_size}: they do not belong together")
 
 
-def _empty(family, config, path):
-    """A model whose weights nobody has drawn yet: they are about to be loaded."""
-    with torch.device("meta"):
-        trunk = family(config)
+def _sketch(family, config, headers, path):
+    """A model of shapes alone, without memory: about to be held against the files' headers, then loaded."""
+    layers, tensors = config.n_layer if family is gpt2.GPT2 else config.num_hidden_layers, sum(map(len, headers.values()))
+    if layers > tensors:
+        raise InputError(f"{path}: {layers:,} layers, but {tensors:,} tensors beside it: they do not belong together")
     try:
-        trunk = trunk.to_empty(device="cpu")
-    except RuntimeError:
-        n = sum(p.numel() for p in trunk.parameters())
-        raise InputError(f"{path}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, do not fit into memory") from None
-    if family is llama.Llama:
-        trunk.frequencies = llama.rope_frequencies(config)
-    return trunk
+        with torch.device("meta"):
+            return family(config)
+    except RuntimeError:                         # a tensor's size does not fit into 64 bits
+        raise InputError(f"{path}: no machine has memory for tensors of these sizes") from None
+
+
+def _turn(trunk, path):
+    """LLaMA's rotations, which are in no file. Only now is the head's width known to be that of the weights."""
+    if trunk.family == "llama":
+        trunk.frequencies = llama.rope_frequencies(trunk.config)
+        if not torch.isfinite(trunk.frequencies).all():
+            raise InputError(f"{path}: the rope parameters give rotations that are no numbers")
 
 
 def load_trunk(path, head=True):
     """Trunk and tokenizer of any GPT-2 or LLaMA folder; head=False leaves a language-model head out.  -> (trunk, tokenizer)"""
     folder = model_folder(path)
+    _check_sums(folder)
     values = read_json(folder / "config.json")
     family, config = trunk_config(values, folder / "config.json")
     if "ForSequenceClassification" in str(values.get("architectures")):
         raise InputError(f"{folder}: a reward model; a language model is wanted here")
-    trunk, tok = _empty(family, config, folder / "config.json"), load_tokenizer(folder)
+    headers = _headers(folder)
+    trunk, tok = _sketch(family, config, headers, folder / "config.json"), load_tokenizer(folder)
     if not head:
         trunk.lm_head = None
     _check_fit(trunk, tok, folder)
-    _fill(trunk, _names(trunk), folder, {} if trunk.lm_head is not None else {"lm_head.weight": _table(trunk) if config.tie_word_embeddings else None})
+    _fill(trunk, _names(trunk), headers, {} if trunk.lm_head is not None else {"lm_head.weight": _table(trunk) if config.tie_word_embeddings else None})
+    _turn(trunk, folder / "config.json")
     return trunk, tok
 
 
@@ -246,20 +289,24 @@ def load_policy(path):
 def load_reward_model(path):
     """A RewardModel (tokenizer, map, mean and deviation within), from a run or a model folder."""
     folder = model_folder(path)
+    _check_sums(folder)
     values = read_json(folder / "config.json")
     if "ForSequenceClassification" not in str(values.get("architectures")):
-        raise InputError(f"{folder}: not a reward model (architectures {values.get('architectures')}); train one with train_rm.py")
+        raise InputError(f"{folder}: not a reward model (architectures {values.get('architectures')!s:.80}); train one with train_rm.py")
     family, config = trunk_config(values, folder / "config.json")
     labels = values.get("id2label") or {"0": "", "1": ""}              # transformers' default is two labels
     if not isinstance(labels, dict):
         raise InputError(f"{folder / 'config.json'}: id2label {labels!r:.40} is not an object")
     reward_map, moments, max_length = _reward_keys(values, folder / "config.json")
-    trunk = _empty(family, config, folder / "config.json")
+    headers = _headers(folder)
+    trunk, tok = _sketch(family, config, headers, folder / "config.json"), load_tokenizer(folder)
     trunk.lm_head = None
-    model, tok = Scorer(trunk, len(labels)), load_tokenizer(folder)
     _check_fit(trunk, tok, folder)
+    with torch.device("meta"):
+        model = Scorer(trunk, len(labels))
     names = {name: f"trunk.{key}" for name, key in _names(trunk).items()}
-    _fill(model, {**names, "score.weight": "score.weight"}, folder)
+    _fill(model, {**names, "score.weight": "score.weight"}, headers)
+    _turn(trunk, folder / "config.json")
     return RewardModel(model, tok, reward_map, moments, min(max_length or config.context, config.context))
 
 
@@ -268,9 +315,9 @@ def _reward_keys(values, path):
     found = values.get("nanorlhf_reward") or {}
     try:
         reward_map, max_length = found.get("map", "identity"), found.get("max_length")
-        moments = {name: (float(mean), float(std)) for name, (mean, std) in found.get("moments", {}).items()}
+        moments = {name: (mean / 1, std / 1) for name, (mean, std) in found.get("moments", {}).items()}        # "0.5" is no number
         good = reward_map in MAPS and (max_length is None or type(max_length) is int and max_length > 0) and all(math.isfinite(mean) and 0 < std < math.inf for mean, std in moments.values())
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, OverflowError, TypeError, ValueError):
         good = False
     if not good:
         raise InputError(f"{path}: nanorlhf_reward {found!r:.80} is not a map ({', '.join(MAPS)}) with a mean and deviation for each statistic")
@@ -308,8 +355,21 @@ def start(init, tokenizer_folder, texts, head=True):
 
 # --------------------------------------------------------------------------------------------------------------- saving
 
+def save_tensors(tensors, metadata):
+    """A function that writes a safetensors file to the path it is given; a full disk is an OSError, as elsewhere."""
+    def write(path):
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if not number:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    return write
+
+
 def _save_model(folder, trunk, tok, architecture, extra_tensors, extra_config):
-    """Tokenizer and weights first, config.json last, each by a rename: the folder is a whole model at every instant."""
+    """Tokenizer and weights, then config.json, each by a rename: the folder is a whole model at every instant."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parameters, names = dict(trunk.named_parameters()), _names(trunk)
@@ -320,14 +380,12 @@ def _save_model(folder, trunk, tok, architecture, extra_tensors, extra_config):
     if extra_tensors and tok.pad_id >= vocab_size:                     # a pad that is not EOS: one more row, unused here
         tensors[table] = torch.cat([tensors[table], torch.zeros(tok.pad_id + 1 - vocab_size, trunk.width)])
         vocab_size = tok.pad_id + 1
-    if not (folder / "config.json").exists():
-        tok.save(folder)
-    elif any(not (folder / name).is_file() or (folder / name).read_bytes() != raw for name, raw in tok.files.items()):
-        raise InputError(f"{folder}: holds a model with another tokenizer; name another folder")
     tensors.update({name: tensor.detach().float().cpu() for name, tensor in extra_tensors.items()})
-    replace(folder / "model.safetensors", save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"}))
+    if (folder / "config.json").exists() and any(not (folder / name).is_file() or (folder / name).read_bytes() != raw for name, raw in tok.files.items()):
+        raise InputError(f"{folder}: holds a model with another tokenizer; name another folder")
     config = {**_hub_config(trunk, tok, architecture, vocab_size), **extra_config}
-    replace(folder / "config.json", (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
+    replace_all(folder, {**tok.files, "model.safetensors": save_tensors(tensors, {"format": "pt"}),
+                         "config.json": (json.dumps(config, indent=1, sort_keys=True) + "\n").encode()})
 
 
 def save_policy(folder, policy, tok):

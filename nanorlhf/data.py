@@ -6,21 +6,22 @@ place (0 is the best, equal places tie), label (1 good, 0 bad), scores (several 
 EOS) are optional; other keys are kept. Whitespace between prompt and response belongs to the response: spaces at a
 prompt's end are moved to the front of each response, everything else is kept exactly.
 """
+import codecs
 import csv
-import gzip
 import io
 import json
 import math
-import zlib
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from .config import InputError
+from .config import LARGEST_FILE, InputError, parse_json, read_bytes
 
 TEMPLATE = "{passage}\nQuestion:"        # FairytaleQA's prompt
 LARGEST = 3.4e38                         # of float32, in which the losses are computed
+MOST_SPACES = 100                        # at a prompt's end: each of its responses gets them, so that a megabyte of them would become a terabyte
 HELD_OUT = 10                            # a single file has no held-out part: every tenth distinct prompt becomes it
 
 
@@ -53,14 +54,8 @@ class Data:
 # ------------------------------------------------------------------------------------------------------------ lines
 
 def _text(path):
-    """A whole text file, gunzipped where its name ends in .gz."""
     try:
-        raw = Path(path).read_bytes()
-        return (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8") from None
@@ -69,16 +64,10 @@ def _text(path):
 def _objects(path):
     """(line number, object) of every line of a JSONL file that is not blank."""
     found = 0
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(io.BytesIO(read_bytes(path).removeprefix(codecs.BOM_UTF8)), 1):       # one by one: a list of a billion empty ones is 8 GB
         if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not JSON ({str(error)[:80]}): {line[:60]!r}") from None
-            if not isinstance(value, dict):
-                raise InputError(f"{path}:{number}: expected an object like {{\"prompt\": ...}}, found {line[:60]!r}")
             found += 1
-            yield number, value
+            yield number, parse_json(line.strip(), f"{path}:{number}")
     if not found:
         raise InputError(f"{path}: the file is empty")
 
@@ -105,13 +94,13 @@ def _parse_response(value, where):
     text, place, label = rest.pop("text"), rest.pop("place", None), rest.pop("label", None)
     scores, ended = rest.pop("scores", None), rest.pop("ended", True)
     if place is not None and not _number(place):
-        raise InputError(f"{where}: place {place!r} is not a number")
+        raise InputError(f"{where}: place {place!r:.60} is not a number")
     if label is not None and (label not in (0, 1) or isinstance(label, bool)):
-        raise InputError(f"{where}: label {label!r} is neither 1 (good) nor 0 (bad)")
+        raise InputError(f"{where}: label {label!r:.60} is neither 1 (good) nor 0 (bad)")
     if scores is not None and not (isinstance(scores, list) and scores and all(map(_number, scores))):
         raise InputError(f"{where}: scores {str(scores)[:40]!r} is not a list of numbers")
     if not isinstance(ended, bool):
-        raise InputError(f"{where}: ended {ended!r} is neither true nor false")
+        raise InputError(f"{where}: ended {ended!r:.60} is neither true nor false")
     return Response(text, place, label, scores, ended, rest)
 
 
@@ -123,7 +112,9 @@ def read_groups(path):
             return read_hh(path)
         where = f"{path}:{number}"
         if not isinstance(value.get("prompt"), str):
-            raise InputError(f"{where}: no \"prompt\" (a string) among {sorted(value)[:6]}")
+            raise InputError(f"{where}: no \"prompt\" (a string) among {str(sorted(value)[:6])[:200]}")
+        if value["prompt"].endswith(" " * (MOST_SPACES + 1)):
+            raise InputError(f"{where}: the prompt ends in more than {MOST_SPACES} spaces, which every response would begin with; remove them")
         if not isinstance(value.get("responses", []), list):
             raise InputError(f"{where}: \"responses\" is not a list")
         if not isinstance(value.get("cut", False), bool):
@@ -158,10 +149,13 @@ def _csv(path, *columns):
     """(line number, row) of a CSV file that must have these columns."""
     reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)     # else an unclosed quote swallows the rows after it
     try:
-        missing = [column for column in columns if column not in (reader.fieldnames or [])]
-        if missing:
-            raise InputError(f"{path}:1: no column {missing[0]!r} (found {str(reader.fieldnames or 'nothing')[:80]})")
+        names = list(reader.fieldnames or [])
+        wrong = [column for column in columns if names.count(column) != 1]
+        if wrong:
+            raise InputError(f"{path}:1: {'two columns' if wrong[0] in names else 'no column'} {wrong[0]!r} (found {str(names or 'nothing')[:80]})")
         for row in reader:
+            if None in row:                      # where a comma in a text is not quoted, the columns after it are others
+                raise InputError(f"{path}:{reader.line_num}: {len(names) + len(row[None])} fields under {len(names)} columns; quote a text that has a comma")
             yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num + 1}: not CSV ({error}) in the record that begins here") from None
@@ -176,22 +170,27 @@ def read_fairytaleqa(folder, split):
     groups, dropped = [], Counter()
     for path in files:
         story = stories / path.name.replace("-questions.csv", "-story.csv")
-        sections = {str(row["section"]).strip(): (row["text"] or "").strip() for _, row in _csv(story, "section", "text")}
-        passages = {}
+        sections, passages, length = {}, {}, 0
+        for _, row in _csv(story, "section", "text"):
+            sections.setdefault(str(row["section"]).strip(), []).append((row["text"] or "").strip())
         for number, row in _csv(path, "cor_section", "question"):
             names = [name.strip() for name in (row["cor_section"] or "").split(",") if name.strip()]
-            unknown = [name for name in names if not sections.get(name)]
-            if unknown or not names:
+            if not names or not all(sections.get(name) and sections[name][0] for name in names):
                 dropped["question about a section that the story lacks"] += 1
+            elif any(len(sections[name]) > 1 for name in names):
+                dropped["question about a section that the story has twice"] += 1
             elif not (row["question"] or "").strip():
                 dropped["empty question"] += 1
             else:
+                length += 0 if tuple(names) in passages else sum(len(sections[name][0]) for name in names)
+                if length > LARGEST_FILE:
+                    raise InputError(f"{path}:{number}: its passages have more than {LARGEST_FILE:,} letters, the same sections again and again; split the file")
                 group = passages.setdefault(tuple(names), {})
                 text = " " + " ".join(row["question"].split())
                 dropped["question asked twice of one passage"] += text in group
                 group.setdefault(text, Response(text, label=1, extra={"line": f"{path.name}:{number}"}))
         for names, responses in passages.items():
-            prompt = TEMPLATE.format(passage="\n".join(sections[name] for name in names))
+            prompt = TEMPLATE.format(passage="\n".join(sections[name][0] for name in names))
             groups.append(make_group(prompt, list(responses.values()), extra={"story": story.stem, "sections": list(names)}))
     return groups, dropped
 
@@ -204,7 +203,7 @@ def read_hh(path):
     for number, value in _objects(path):
         for key in ("chosen", "rejected"):
             if not isinstance(value.get(key), str):
-                raise InputError(f"{path}:{number}: no \"{key}\" (a string) among {sorted(value)[:6]}")
+                raise InputError(f"{path}:{number}: no \"{key}\" (a string) among {str(sorted(value)[:6])[:200]}")
             if mark not in value[key]:
                 raise InputError(f"{path}:{number}: \"{key}\" has no {mark!r}: {value[key][:60]!r}")
         end = value["chosen"].rindex(mark) + len(mark)
@@ -239,7 +238,7 @@ def _split(groups):
 def load(path):
     """A groups file, or a folder of FairytaleQA, of HH (one part, or several in subfolders), or with train.jsonl and val.jsonl.  -> Data"""
     path = Path(path)
-    if not path.exists():
+    if not (os.path.isfile(path) or os.path.isdir(path)):              # neither raises, whatever the name
         raise InputError(f"--data {path}: no such file or folder")
     dropped = Counter()
 

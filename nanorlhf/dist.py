@@ -1,24 +1,50 @@
-"""Processes. One process is world size 1 of the same path: a script never asks how many there are, it only adds up.
+"""Processes: torchrun starts them, torch.distributed connects them. One process is world size 1 of the same path: a script never asks how
+many there are, it tells everyone what it has and adds up what everyone told.
 
-torchrun sets RANK, LOCAL_RANK and WORLD_SIZE.
+Numbers and texts travel as JSON, which is exact for float64 and is never unpickled; tensors are added up where they are.
 """
+import contextlib
 import ctypes
 import errno
+import json
 import os
 import signal
+import sys
+import time
 
 import torch
+from torch import distributed
 
+from . import config
+from .config import InputError
+
+AGAIN = 1.0                # seconds: torchrun passes on a Ctrl-C that the terminal has sent to everyone; a person takes longer to press it again
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}       # exit codes of a run that has saved and left; 75 is sysexits' "try again later"
+
+
+def rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+# ------------------------------------------------------------------------------------------------------------- set up
 
 def setup(device, seed):
-    """Chooses the device ("auto", "cpu", "cuda" or "cuda:N"), seeds, asks for repeatable sums.  -> torch.device
+    """Joins the processes that torchrun started, chooses the device ("auto", "cpu", "cuda" or "cuda:N"), seeds, asks for repeatable sums.
 
-    Raises OSError for a device that is not there, and for more than one process.
+    Process 0 alone prints.  -> torch.device.  Raises OSError for a device that is not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OSError(errno.ENOTSUP, "this version trains in one process: start it with python, or with torchrun --nproc_per_node=1", "WORLD_SIZE")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not distributed.is_initialized():
+        _join()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if world() > 1 and device.startswith("cuda"):
+        if device != "cuda":
+            raise InputError(f"--device {device}: torchrun gives each process its own GPU; say cuda")
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item()
@@ -26,12 +52,35 @@ def setup(device, seed):
         raise OSError(errno.ENODEV, f"not usable here ({str(error).splitlines()[0]})", f"--device {device}") from None
     if device.type == "cpu":
         _keep_memory()
+    else:
+        torch.cuda.set_device(device)
     torch.manual_seed(seed)
     # Gradients of gathered columns are scatter-adds; without this their order, so the last bit, depends on the threads.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False       # it guards against reading garbage, for a tenth of the time
     return device
+
+
+def _join():
+    """Tensors on GPUs are added up by NCCL, everything else by gloo."""
+    told = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if not all(told.values()) or not all(value.isdigit() for name, value in told.items() if name != "MASTER_ADDR"):
+        raise InputError(f"several processes are started by torchrun, which sets all of {told}")
+    with _together():
+        store, number, size = next(distributed.rendezvous("env://"))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number, world_size=size)
+    said = distributed.PrefixStore("said", store)
+
+    def first_to_say(message, echo):
+        """Is this the first process with this message? An echo (of another one's end) is worth saying only where nobody has said why."""
+        try:
+            return said.add("anything", 1) == 1 if echo else said.add("anything", 1) and said.add(message, 1) == 1
+        except RuntimeError:                     # the store has gone with the process that held it
+            return not echo
+    config.first_to_say = first_to_say
+    if number > 0:
+        sys.stdout = open(os.devnull, "w")
 
 
 def _keep_memory():
@@ -46,22 +95,110 @@ def _keep_memory():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-GO_ON = "stopped; the same command goes on from the last save"
+# ----------------------------------------------------------------------------------------------------------- together
+
+@contextlib.contextmanager
+def _together():
+    """A collective call ends with an error where another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(errno.ECONNRESET, f"lost another process ({str(error).splitlines()[0][:120]})", f"process {os.environ['RANK']}") from None
+
+
+def everyone(value):
+    """What each process has to say, in order of rank, told to all.  value: anything that JSON holds  ->  list of world() values"""
+    text = json.dumps(value).encode()
+    if world() == 1:
+        return [json.loads(text)]
+    sizes = torch.zeros(world(), dtype=torch.long)
+    sizes[rank()] = len(text)
+    add(sizes)
+    texts = [torch.zeros(int(sizes.max()), dtype=torch.uint8) for _ in sizes]
+    mine = torch.zeros_like(texts[0])
+    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    with _together():
+        distributed.all_gather(texts, mine)
+    return [json.loads(bytes(text[:size].numpy())) for text, size in zip(texts, sizes.tolist())]
+
+
+def add(tensor):
+    """Sums a tensor over all processes, in place. What one process alone has filled, and the others left 0, arrives as it is."""
+    if world() > 1:
+        with _together():
+            distributed.all_reduce(tensor)
+
+
+def add_gradients(model):
+    """Sums every gradient over all processes, in place: losses are sums over counts of the whole step, so their gradients add up.
+
+    A process without a row has zeros. One call a parameter, all under way at once, always in the same order: the bits of a sum
+    do not depend on when a run was resumed, as they would with buckets that are laid out anew after the first step.
+    """
+    if world() == 1:
+        return
+    with _together():
+        waiting = []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                waiting.append(distributed.all_reduce(parameter.grad, async_op=True))
+        for work in waiting:
+            work.wait()
+
+
+def share(tensors):
+    """Process 0's tensors become everyone's, in place."""
+    if world() > 1:
+        with _together(), torch.no_grad():
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
+
+def first(work):
+    """Process 0 does the work - it alone reads and writes the run folder - while the others wait.
+
+    -> what it returned (JSON), at every process; its InputError or OSError too, so that all of them end alike
+    """
+    answer = error = None
+    if rank() == 0:
+        try:
+            answer = work()
+        except (InputError, OSError) as problem:
+            error = problem
+    said = [str(error)] if isinstance(error, InputError) else [error.errno, error.strerror or str(error), error.filename and str(error.filename)] if error else None
+    answer, said = everyone([answer, said])[0]
+    if said:
+        raise error or (InputError(*said) if len(said) == 1 else OSError(*said))
+    return answer
+
+
+# --------------------------------------------------------------------------------------------------------------- stop
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked for it, everything is saved; `code` is the exit code."""
+
+    def __init__(self, number):
+        super().__init__("stopped; the same command goes on from the last save")
+        self.code = CODES[number]
 
 
 class Stop:
-    """Ctrl-C and SIGTERM let the step finish; the loop then saves and leaves. A second Ctrl-C leaves at once."""
+    """Ctrl-C and SIGTERM let the step finish; the loop then saves and leaves. `asked` is the signal's number, or 0. A second Ctrl-C leaves at once."""
 
     def __init__(self):
-        self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
+        self.asked, self.since = 0, 0.0
+        for name in CODES:
             signal.signal(name, self._ask)
 
-    def _ask(self, *_):
-        if self.asked:
-            raise KeyboardInterrupt(GO_ON)
-        self.asked = True
+    def _ask(self, number, _):
+        if self.asked and number == signal.SIGINT and time.monotonic() - self.since > AGAIN:
+            raise Stopped(number)
+        self.asked, self.since = number, time.monotonic()
 
+
+# -------------------------------------------------------------------------------------------------------------- forward
 
 def autocast(model, dtype):
     """The forward's number format: bfloat16 for the matrix products, while weights, softmax, losses and optimizer stay float32."""

@@ -1,21 +1,11 @@
 """metrics.jsonl (one object a line), samples.jsonl (texts to look at), and the progress line."""
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
-
-def replace(path, data):
-    """Writes beside, syncs, renames: a reader sees the old file or the new one, never half of one.  data: bytes"""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+from .files import replace
 
 
 def clean(value):
@@ -33,27 +23,30 @@ def header(title, **lines):
 class Log:
     """Appends rows to OUT/metrics.jsonl and OUT/samples.jsonl. Rows at or after `start` belong to steps that are done again: they go.
 
-    show: the names that the progress line has room for; the file has them all.
+    show: the names that the progress line has room for, the file has them all;  writes: false at all processes but one.
     """
 
-    def __init__(self, out, start, steps, show):
-        self.start, self.steps, self.show, self.began, self.files = start, steps, show, time.time(), {}
-        for name in ("metrics", "samples"):
+    def __init__(self, out, start, steps, show, writes=True):
+        self.start, self.steps, self.show, self.began, self.files, self.writes = start, steps, show, time.time(), {}, writes
+        for name in ("metrics", "samples") if writes else ():
             path = Path(out) / f"{name}.jsonl"
-            kept = [line for line in self._rows(path) if start and json.loads(line)["step"] < start]       # -1 is before the first step
-            replace(path, b"".join(kept))
+            replace(path, b"".join(line for line, step in self._rows(path) if step < start and start))       # -1 is before the first step
             self.files[name] = open(path, "a", encoding="utf-8", errors="backslashreplace")      # half a surrogate pair becomes JSON's \uXXXX
 
-    @staticmethod
-    def _rows(path):
-        """Whole lines only, as bytes: a killed process may have left half of one, and a text may hold U+2028, where str.splitlines cuts too."""
-        if not path.exists():
-            return []
-        return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    def _rows(self, path):
+        """(line, step) of whole lines, as bytes: a killed process may have left half of one, and a text may hold U+2028, where str.splitlines cuts too."""
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n"):
+                try:
+                    yield line, int(json.loads(line)["step"])
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    self.warn(f"{path}:{number}: damaged, left out ({line[:60]!r})")
 
     def _write(self, name, row):
-        self.files[name].write(json.dumps({key: clean(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
-        self.files[name].flush()
+        if self.writes:
+            self.files[name].write(json.dumps({key: clean(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+            self.files[name].flush()
 
     def step(self, step, **numbers):
         self._write("metrics", {"step": step, **numbers})
@@ -72,6 +65,6 @@ class Log:
         numbers = "  ".join(f"{key} {value:.3g}" for key, value in more.items() if isinstance(value, float))
         print(f"  ...{prompt[-60:]!r} -> {response!r}  {numbers}", flush=True)
 
-    @staticmethod
-    def warn(message):
-        print(f"  warning: {message}", file=sys.stderr, flush=True)
+    def warn(self, message):
+        if self.writes:
+            print(f"  warning: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and one checked step."""
+"""AdamW, its learning rate, and one clipped step."""
 import torch
 
 MAX_GRAD_NORM = 1.0
@@ -18,18 +18,16 @@ def learning_rate(lr, step, steps, schedule, warmup=0):
     return lr * decay * min(1.0, (step + 1) / (warmup + 1))
 
 
-def update(model, optimizer, lr):
-    """Clips the whole gradient's norm (all micro-batches are in it by now), checks it, steps.  -> norm before clipping
+def gradient_norm(model):
+    """The norm of the whole gradient: all micro-batches and processes are in it by now.  -> a scalar tensor, NaN or infinite where a gradient is"""
+    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
 
-    A gradient that is not finite stops the run (FloatingPointError): one such step would make every weight NaN.
-    """
-    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    if not norm < float("inf"):
-        raise FloatingPointError(f"the gradient's norm is {norm.item()}")
+
+def update(model, optimizer, lr, norm):
+    """Clips the whole gradient, of this norm, and steps. A norm that is not finite must not get here: one such step makes every weight NaN."""
     if norm > MAX_GRAD_NORM:                     # else a pass over all gradients would multiply them by 1
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), MAX_GRAD_NORM, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()

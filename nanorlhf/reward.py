@@ -39,9 +39,9 @@ def canonical(name, outputs):
     quantile, cvar = re.fullmatch(r"q(\d+)", name), re.fullmatch(r"cvar:(\d*\.?\d+)", name)
     if name != "mean" and outputs == 1:
         raise InputError(f"--statistic {name}: this reward model has one output; only a quantile model has more than its mean")
-    if not (name == "mean" or quantile and int(quantile[1]) < outputs or cvar and 0 < float(cvar[1]) <= 1):
+    if not (name == "mean" or quantile and float(quantile[1]) < outputs or cvar and 0 < float(cvar[1]) <= 1):
         raise InputError(f"--statistic {name}: expected mean, q0 .. q{outputs - 1}, or cvar:A with 0 < A <= 1 (this model has {outputs} outputs)")
-    return f"cvar:{lowest(cvar[1], outputs) / outputs:.6g}" if cvar else name
+    return f"cvar:{lowest(cvar[1], outputs) / outputs:.6g}" if cvar else f"q{int(quantile[1])}" if quantile else name      # q03 is q3, whose moments are known
 
 
 def lowest(share, outputs):

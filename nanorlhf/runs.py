@@ -1,37 +1,60 @@
-"""A run's folder: what resuming needs. safetensors only: nothing is ever unpickled.
+"""A run's folder. Process 0 alone reads and writes it; it is whole at every instant, and nothing in it is ever unpickled.
 
-RUN/config.json         every flag, the versions, the parent run
-RUN/state.safetensors   weights, optimizer, step and the few numbers of a run, in one file, so that one rename makes it new
+RUN/config.json                    every flag, the versions, the parent run
+RUN/state-000120.safetensors       after 120 steps: weights, optimizer, and the few numbers that change; the newest KEEP stay
+RUN/nonfinite-000057.safetensors   weights and rows of a step whose loss or gradient was not finite
+RUN/SHA256SUMS                     of these files; RUN/model/ has its own
 """
 import dataclasses
 import json
+import math
+import re
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialised
+from safetensors.torch import load_file
 
-from .checkpoint import read_json
+from . import dist
+from .batching import Row
+from .checkpoint import read_json, save_tensors
 from .config import InputError
-from .log import replace
+from .files import damage, halves, replace_all
 
+KEEP = 2                   # states: if the newest is damaged, the one before is there
+PATIENCE = 3               # steps in a row that are not finite, until the run stops
+REPORTS = 3                # of them, how many are written: each is as large as the model
+
+
+def states(out):
+    """State files, newest first."""
+    return sorted((path for path in Path(out).glob("state-*.safetensors") if re.fullmatch(r"state-\d+", path.stem)), key=_step, reverse=True)
+
+
+def _step(path):
+    return int(path.stem.removeprefix("state-"))
+
+
+# ---------------------------------------------------------------------------------------------------------- the same run?
 
 def resumable(config, script):
     """Is this a new run, or the same one again? Other flags than the run was started with are refused.  -> true where there is a state to resume"""
-    out, flags = Path(config.out), dataclasses.asdict(config)
-    path = out / "config.json"
-    if not path.exists():
-        if out.exists() and (not out.is_dir() or any(other.suffix != ".tmp" for other in out.iterdir())):      # .tmp: killed in its first write
+    return dist.first(lambda: _resumable(Path(config.out), dataclasses.asdict(config), script))
+
+
+def _resumable(out, flags, script):
+    if not (out / "config.json").exists() and not states(out):
+        if out.exists() and (not out.is_dir() or len(list(out.iterdir())) > len(halves(out))):      # halves: killed in its first write
             raise InputError(f"--out {out}: exists and is not a run of ours; name another folder")
         return False
-    before, resumable = read_json(path), (out / "state.safetensors").exists()
-    if not resumable and before.get("script") == script:
+    before = _started_with(out)
+    if not states(out) and before.get("script") == script:
         return False                             # it never saved anything: nothing is lost by starting again with other flags
     if before.get("script") != script:
         raise InputError(f"--out {out}: a run of {before.get('script')}, not of {script}")
     old = before.get("flags", {})
-    other = [f"--{key} {old.get(key)!r} is now {value!r}" for key, value in flags.items() if old.get(key) != value and key != "steps"]
+    other = [f"--{key} {old.get(key)!r} is now {value!r}" for key, value in flags.items() if old.get(key) != value and key not in ("steps", "out")]
     if old.get("steps") != flags["steps"]:
         if flags["schedule"] != "constant":
             other.append(f"--steps {old.get('steps')} is now {flags['steps']} (only with --schedule constant: the learning rate depends on it)")
@@ -39,53 +62,174 @@ def resumable(config, script):
             other.append(f"--steps {old.get('steps')} is now {flags['steps']} (fewer)")
     if other:
         raise InputError(f"--out {out} was started with other flags: {'; '.join(other)}")
-    return resumable
+    return True
+
+
+def _started_with(out):
+    """{script, flags} of the run: from config.json, or where that is damaged, from a state."""
+    wrong = damage(out / "config.json")
+    if not wrong:
+        try:
+            return read_json(out / "config.json")
+        except InputError as error:
+            wrong = str(error)
+    for path in states(out):
+        if not damage(path):
+            print(f"{wrong}; the flags are read from {path.name}")
+            return _about(path)
+    raise InputError(f"{out}: {wrong}, and no state is whole; remove the folder to start again")
 
 
 def begin(config, script, parent):
-    """Writes the run's config.json: from here on the folder is a run."""
-    out = Path(config.out)
+    """Writes the run's config.json: from here on the folder is a run. Halves that a killed process left go."""
     versions = {name: metadata.version(name) for name in ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")}
-    parent = read_json(Path(parent) / "config.json") if (Path(parent) / "config.json").exists() else None
-    values = {"script": script, "flags": dataclasses.asdict(config), "versions": versions,
-              "parent": parent if parent and "flags" in parent else None}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        replace(out / "config.json", (json.dumps(values, indent=1) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+    def write():
+        out, path = Path(config.out), Path(parent) / "config.json"
+        lineage = read_json(path) if path.exists() else {}
+        values = {"script": script, "flags": dataclasses.asdict(config), "versions": versions, "parent": lineage if "flags" in lineage else None}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for half in halves(out) + halves(out / "model"):
+                half.unlink()
+            replace_all(out, {"config.json": (json.dumps(values, indent=1) + "\n").encode()})
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+    dist.first(write)
 
 
-def save(out, model, optimizer, step, **numbers):
-    """Everything the next step depends on. step: finished steps; numbers: what else changes (the KL coefficient)."""
+# ---------------------------------------------------------------------------------------------------------------- states
+
+def save(config, script, model, optimizer, step, export, **numbers):
+    """The model as `export()` writes it, then everything the next step depends on.
+
+    step: finished steps;  numbers: what else changes (the KL coefficient)
+    """
+    dist.first(lambda: (export(), _save(config, script, model, optimizer, step, numbers)))
+
+
+def _save(config, script, model, optimizer, step, numbers):
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach().cpu()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value.cpu()
-    about = json.dumps({"step": step, "threads": torch.get_num_threads(), **numbers})
-    replace(Path(out) / "state.safetensors", serialised({name: t.contiguous() for name, t in tensors.items()}, {"run": about}))
+    flags = {key: value for key, value in dataclasses.asdict(config).items() if key != "out"}
+    about = {"script": script, "flags": flags, "step": step, "threads": torch.get_num_threads(), "processes": dist.world(), **numbers}
+    earlier = [path for path in states(config.out) if _step(path) < step]
+    stay = {path.name for path in earlier[: KEEP - 1]}                 # later ones are damaged, or the run would have gone on from there
+    gone = [path.name for path in states(config.out) if path.name not in stay and _step(path) != step]
+    replace_all(config.out, {f"state-{step:06}.safetensors": save_tensors(tensors, {"run": json.dumps(about)})}, gone)
+
+
+def _about(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["run"])
+
+
+def load(config, model, optimizer):
+    """Fills model and optimizer, at every process, from the newest state that is whole.  -> the numbers of `save`, `step` among them"""
+    numbers = dist.first(lambda: _load(Path(config.out), model, optimizer))
+    dist.share(model.parameters())
+    if numbers.pop("moments"):
+        for parameter in model.parameters():
+            if dist.rank() > 0:
+                optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu"),
+                                              "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            dist.share(optimizer.state[parameter].values())
+    if numbers["processes"] == dist.world():
+        torch.set_num_threads(numbers["threads"])                      # sums are split by threads: another number gives other last bits
+    print(f"resuming at step {numbers['step']}" + (f", to rounding: it had {numbers['processes']} processes, now {dist.world()}"
+                                                  if numbers["processes"] != dist.world() else ""))
+    return numbers
+
+
+def _load(out, model, optimizer):
+    said = []
+    for path in states(out):
+        optimizer.state.clear()
+        try:
+            wrong = damage(path)
+            if wrong:
+                raise ValueError(wrong)
+            numbers = _fill(path, model, optimizer)
+        except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            said.append(f"{path}: damaged or of another model ({str(error)[:100]})")
+            continue
+        if said:
+            print(f"  warning: {'; '.join(said)}; going on from {path.name}")
+        return numbers | {"moments": len(optimizer.state) > 0}
+    raise InputError(f"{'; '.join(said) or f'{out}: no state here'}; remove the folder to start again")
 
 
 @torch.no_grad()
-def load(out, model, optimizer):
-    """Fills model and optimizer.  -> the numbers of save, `step` among them"""
-    path = Path(out) / "state.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            numbers, keys, parameters = json.loads(file.metadata()["run"]), set(file.keys()), dict(model.named_parameters())
-            if {key for key in keys if key.startswith("model.")} != {f"model.{name}" for name in parameters}:
-                raise ValueError("its weights have other names")
-            if not isinstance(numbers["step"], int):
-                raise ValueError(f"step is {numbers['step']!r}")
-            for name, parameter in parameters.items():
-                state = {key: file.get_tensor(f"{key}.{name}") for key in ("model", "step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in keys}
-                if len(state) not in (1, 4) or any(value.shape != parameter.shape for key, value in state.items() if key != "step"):
-                    raise ValueError(f"{name} has another shape, or half of its moments")
-                parameter.copy_(state.pop("model"))
-                if state:
-                    optimizer.state[parameter] = {k: v if k == "step" and not parameter.is_cuda else v.to(parameter.device) for k, v in state.items()}
-        torch.set_num_threads(numbers["threads"])                      # sums are split by threads: another number gives other last bits
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: damaged or of another model ({str(error)[:100]}); remove it to start again") from None
+def _fill(path, model, optimizer):
+    with safe_open(path, framework="pt") as file:
+        numbers, keys, parameters = _about(path), set(file.keys()), dict(model.named_parameters())
+        if {key for key in keys if key.startswith("model.")} != {f"model.{name}" for name in parameters}:
+            raise ValueError("its weights have other names")
+        for key in ("step", "threads", "processes"):
+            if type(numbers[key]) is not int or numbers[key] < (key != "step"):
+                raise ValueError(f"{key} is {numbers[key]!r}")
+        for name, parameter in parameters.items():
+            state = {key: file.get_tensor(f"{key}.{name}") for key in ("model", "step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in keys}
+            if len(state) not in (1, 4) or any(value.shape != parameter.shape for key, value in state.items() if key != "step"):
+                raise ValueError(f"{name} has another shape, or half of its moments")
+            parameter.copy_(state.pop("model"))
+            if state:
+                optimizer.state[parameter] = {k: v if k == "step" and not parameter.is_cuda else v.to(parameter.device) for k, v in state.items()}
     return numbers
+
+
+# ------------------------------------------------------------------------------------------------- steps that are not finite
+
+class Finite:
+    """Is a step's loss and gradient finite, at all processes? If not, the step is not taken, and a file is written that reproduces it."""
+
+    def __init__(self, config, script, model, skipped=0, in_a_row=0):
+        self.config, self.script, self.model, self.skipped, self.in_a_row = config, script, model, skipped, in_a_row
+
+    def numbers(self):
+        """For the state: a run that goes on counts on."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def __call__(self, step, rows, plans, losses, norms, **tensors):
+        """rows of the step, each process's micro-batches of them, losses of these, gradient norms of the processes; tensors (rows, ...): what else
+        the loss depends on.  -> may the step be taken?  Raises FloatingPointError after PATIENCE in a row.
+        """
+        first = next((f"the loss of rows {[rows[i].index for i in part]} of the data, micro-batch {m} of process {p}"
+                      for p, parts in enumerate(plans) for m, part in enumerate(parts) if not math.isfinite(losses[p][m])), None)
+        if first is None and all(map(math.isfinite, norms)):
+            self.in_a_row = 0
+            return True
+        first = first or next((f"the gradient of {name}, all losses are finite" for name, parameter in self.model.named_parameters()
+                               if parameter.grad is not None and not parameter.grad.isfinite().all()), "the gradient's norm, each gradient is finite")
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        message = f"step {step}: not finite, first {first}"
+        if self.in_a_row == 1:
+            message += dist.first(lambda: self._report(step, rows, message, tensors))
+            self.began = message
+        if self.in_a_row >= PATIENCE:
+            raise FloatingPointError(f"{PATIENCE} steps in a row are not finite, and were not taken; they began at {self.began}")
+        print(f"  warning: {message}; the step is not taken")
+        self.model.zero_grad(set_to_none=True)
+        return False
+
+    def _report(self, step, rows, message, tensors):
+        out = Path(self.config.out)
+        if len(list(out.glob("nonfinite-*.safetensors"))) >= REPORTS:
+            return ""
+        name = f"nonfinite-{step:06}.safetensors"
+        about = {"script": self.script, "step": step, "message": message, "flags": dataclasses.asdict(self.config), "rows": [dataclasses.asdict(row) for row in rows]}
+        weights = {f"model.{name}": parameter.detach().cpu() for name, parameter in self.model.named_parameters()}
+        replace_all(out, {name: save_tensors(weights | tensors, {"run": json.dumps(about)})})
+        return f"; reproduced by {out / name}"
+
+
+@torch.no_grad()
+def reproduce(path, model):
+    """Fills a model of the same kind with the weights of a report of `Finite`.  -> (rows, tensors of the loss, what was said and with which flags)"""
+    about, tensors = _about(path), load_file(path)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors.pop(f"model.{name}"))
+    return [Row(**row) for row in about.pop("rows")], tensors, about

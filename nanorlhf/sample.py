@@ -2,15 +2,17 @@
 
     python -m nanorlhf.sample --policy runs/sft --prompt "Once upon a time" [--other runs/ppo]
     python -m nanorlhf.sample --policy runs/sft --data FairytaleQAData --k 4 --out samples.jsonl [--judge judge.py:score] [--keep]
+    torchrun --nproc_per_node=8 -m nanorlhf.sample ...          the same file, the prompts shared among eight GPUs
 """
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from . import checkpoint, data, dist, generate, speed
-from .batching import context_limit, encode_all
+from .batching import context_limit, deal, encode_all
 from .config import InputError, check, run
-from .log import replace
+from .files import replace
 from .reward import FunctionReward, is_function
 
 REDRAWS = 3                # how often a sample that says the same as another is drawn again
@@ -77,7 +79,7 @@ def judged(groups, judge, policy, config):
 def write(policy, config, device):
     """K responses to each prompt of --data, into --out."""
     found, out = data.load(config.data), Path(config.out)
-    if not config.out or out.exists() or not out.parent.is_dir():
+    if not config.out or dist.first(lambda: out.exists() or not out.parent.is_dir()):
         raise InputError(f"--out {config.out or '(missing)'}: name a file that does not exist yet, in a folder that does")
     judge = config.judge and (FunctionReward(config.judge) if is_function(config.judge) else checkpoint.load_reward_model(config.judge))
     if config.judge and not is_function(config.judge):
@@ -92,16 +94,19 @@ def write(policy, config, device):
     rows, reasons = encode_all(bare, policy.tokenizer, limit, config.max_new)
     if not rows:
         raise InputError(f"--data {config.data}: no prompt left ({dict(reasons) or 'the split is empty'})")
-    written = []
-    for row, answers in zip(rows, draw_distinct(policy, rows, config)):
+    mine = [rows[i] for i in deal([len(row.prompt) + config.k * config.max_new for row in rows], dist.world())[dist.rank()]]
+    drawn = []
+    for row, answers in zip(mine, draw_distinct(policy, mine, config) if mine else []):
         group = groups[row.index]
         own = [data.Response(r.text, label=1 if r.label is None else r.label, ended=r.ended) for r in group.responses] if config.keep else []
-        responses = own + [data.Response(text, label=0, ended=ended) for text, ended in answers]
-        written.append(data.Group(group.prompt, responses, group.cut, group.extra))
+        drawn.append(data.Group(group.prompt, own + [data.Response(text, label=0, ended=ended) for text, ended in answers], group.cut, group.extra))
     if judge:
-        judged(written, judge, policy, config)
+        judged(drawn, judge, policy, config)
+    told = dist.everyone([[row.index, [dataclasses.asdict(r) for r in group.responses]] for row, group in zip(mine, drawn)])
+    written = [data.Group(groups[i].prompt, [data.Response(**r) for r in responses], groups[i].cut, groups[i].extra)
+               for i, responses in sorted((pair for pairs in told for pair in pairs), key=lambda pair: pair[0])]
     try:
-        replace(out, data.write_groups(written))
+        dist.first(lambda: replace(out, data.write_groups(written)))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
     said = [text for group in written for text in {r.text for r in group.responses if r.label == 0}]

@@ -133,18 +133,18 @@ def peak_memory(device):
 
 
 class Meter:
-    """What a training step's log says of its speed."""
+    """What a training step's log says of its speed, over all processes."""
 
-    def __init__(self, trunk, device, dtype):
-        self.trunk, self.device, self.limit = trunk, device, product_rate(device, dtype)
+    def __init__(self, trunk, device, dtype, processes=1):
+        self.trunk, self.limit = trunk, product_rate(device, dtype) * processes
 
     def __str__(self):
         kind = f"FlexAttention, padded to {BLOCK} columns a micro-batch" if self.trunk.flex else "a dense mask a row, no padding"
         return f"{self.limit / 1e9:.0f} GFLOP/s in a matrix product, the limit that `share` refers to; attention by {kind}"
 
-    def __call__(self, rows, plan, operations, seconds):
-        """rows of the step, its plan of micro-batches, operations counted, seconds  ->  numbers by name"""
-        sizes = [sum(rows[i].columns for i in part) for part in plan]
+    def __call__(self, rows, plans, operations, seconds):
+        """rows of the step, each process's plan of micro-batches, operations counted, seconds  ->  numbers by name"""
+        sizes = [sum(rows[i].columns for i in part) for plan in plans for part in plan]
         computed = sum(size + (-size % BLOCK if self.trunk.flex else 0) for size in sizes)
         return {"tokens": sum(sizes), "tokens_per_second": sum(sizes) / seconds, "padding": 1 - sum(sizes) / computed,
-                "share": operations / seconds / self.limit, "memory_gb": peak_memory(self.device), "seconds": seconds}
+                "share": operations / seconds / self.limit, "seconds": seconds}

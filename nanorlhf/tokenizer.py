@@ -22,6 +22,11 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>")
 # Copied by save(). A tokenizer.json beside tokenizer.model is for transformers, whose own conversion of the model gets double spaces wrong.
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+LARGEST_FILE = 2**27                           # bytes: a tokenizer.json of 256 thousand tokens has 33 million
+SPARSEST = 4                                   # ids a token, for vocab_size is the embedding's: real ones have no gaps, or few
+MOST_MERGING = 2**26                           # squared lengths of all tokens, what merging them takes; Llama 3's have 9 million
+LONGEST_PATTERN, MOST_STEPS = 1000, 16         # of a pre_tokenizer: Llama 3's has 130 characters and two steps
+PATIENCE = 1.0                                 # seconds for a pattern on 1,000 equal letters: Llama 3's needs 0.01 on spaces, a*a*a*a*b for ever
 # GPT-2 writes each byte as one printable character: itself, or, for space, control and a few more, one from 256 on ("Ġ" is a space).
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(b): b for b in _printable} | {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(_printable)))}
@@ -95,7 +100,9 @@ class ByteLevelBPE(Saved):
         plain = {token: vocab[token] for token in text_tokens if BYTE_OF.keys() >= set(token)}
         self._bytes_of = {i: bytes(BYTE_OF[c] for c in token) for token, i in plain.items()}
         self._whole = plain if whole else {}
-        self._holes = {b for c, b in BYTE_OF.items() if c not in vocab}        # SmolLM2's 21: no token, so they vanish from a text
+        self._holes = {b for c, b in BYTE_OF.items() if c not in plain}        # SmolLM2's 21: no token, so they vanish from a text
+        if sum(len(token) ** 2 for token in plain) > MOST_MERGING:
+            raise ValueError(f"{where}: tokens too long to be merged one by one, the longest has {max(map(len, plain)):,} bytes; no published tokenizer is like it")
         ends = ((token, *bpe(token, self._ranks)) for token in plain)
         made = sorted((rank, token) for token, parts, rank in ends if parts == [token])
         self._id_of_rank = [plain[token] for _, token in made]
@@ -153,14 +160,14 @@ def load(folder):
         raise FileNotFoundError(f"{folder}: no tokenizer; looked for tokenizer.model, tokenizer.json, vocab.json + merges.txt, "
                                 "encoder.json + vocab.bpe; copy one of them there")
     canonical = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
-    files = {canonical.get(name, name): (folder / name).read_bytes() for name in (*names, *COMPANIONS) if (folder / name).is_file()}
+    files = {canonical.get(name, name): _read(folder / name) for name in (*names, *COMPANIONS) if (folder / name).is_file()}
     config = {}                                  # eos_token_id from the model's config.json, eos_token from tokenizer_config.json
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
-        config |= _json(path.read_bytes(), path) if path.is_file() else {}
+        config |= _json(_read(path), path) if path.is_file() else {}
     build = {"tokenizer.model": _from_sentencepiece, "tokenizer.json": _from_tokenizer_json}.get(names[0], _from_gpt2)
     try:
         return build(files, config, folder)
-    except (KeyError, TypeError, AttributeError, IndexError, UnicodeDecodeError) as error:      # a JSON value of the wrong type, mostly
+    except (KeyError, TypeError, AttributeError, IndexError, UnicodeError, RecursionError) as error:      # a JSON value of the wrong type, mostly
         raise ValueError(f"{folder}: a tokenizer file has not the expected layout ({error!r:.150}); download it again") from error
 
 
@@ -202,11 +209,13 @@ def _byte_level(table, files, defaults, config, where):
     if plain := next((token for token in added if not token.get("special")), None):
         refuse(f"the added token {plain['content']!r:.40}, found in plain text before anything is split,")
     special = _checked_vocab({token["content"]: token["id"] for token in added}, where) if added else {}
-    ids = vocab | special
+    ids = _checked_vocab(vocab | special, where)
+    if max(ids.values()) > SPARSEST * len(ids):
+        raise ValueError(f"{where}: the id {max(ids.values()):,} is far beyond its {len(ids):,} tokens; download it again")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     splits = _split_rules(table.get("pre_tokenizer") or {}, refuse)
     bos_id = _first_of_template(table.get("post_processor") or {}, refuse)
-    if bos_id is not None and bos_id not in ids.values():
+    if bos_id is not None and (type(bos_id) is not int or bos_id not in ids.values()):
         refuse(f"a post_processor that begins with an unknown id, {bos_id!r:.40},")
     eos_id, eos = _named_token("eos", ids, config, where, END_NAMES)
     never = {eos_id, bos_id, _named_token("bos", ids, config, where)[0]}
@@ -220,13 +229,16 @@ def _byte_level(table, files, defaults, config, where):
 
 
 # What means the same to Oniguruma, which tokenizer.json is written for, and to `regex`: no nested sets, $, \h, possessive {n}+, (?i) ...
+# Nor (a+)+, which takes for ever; a{1000000000} takes all memory.
 _ESCAPE = r"\\(?:[pP]\{\w+\}|[sSdDrnt]|\W)"
-_SAME_IN_BOTH = regex.compile(rf"(?:{_ESCAPE}|\[\^?(?:{_ESCAPE}|(?!&&)[^\\\[\]])+\]|\(\?(?:i:|[:=!>])|\((?!\?)|\}}(?!\+)|[^\\\[\](}}$^])*")
+_SAME_IN_BOTH = regex.compile(rf"(?:{_ESCAPE}|\[\^?(?:{_ESCAPE}|(?!&&)[^\\\[\]])+\]|\(\?(?:i:|[:=!>])|\((?!\?)|\)(?![*+{{])|\}}(?!\+)|[^\\\[\]()}}$^])*")
 
 
 def _split_rules(rules, refuse):
     """tokenizer.json's pre_tokenizer as a list of compiled patterns, each to be isolated in the pieces of the one before."""
     steps = rules["pretokenizers"] if rules.get("type") == "Sequence" else [rules]
+    if len(steps) > MOST_STEPS:
+        refuse(f"a pre_tokenizer of {len(steps)} steps")
     if not steps or steps[-1].get("type") != "ByteLevel":
         refuse(f"a pre_tokenizer that ends with {steps[-1].get('type') if steps else None!r:.40}, not ByteLevel,")
     patterns = []
@@ -238,15 +250,19 @@ def _split_rules(rules, refuse):
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
             text = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
-            if not _SAME_IN_BOTH.fullmatch(text):
+            if len(text) > LONGEST_PATTERN or not _SAME_IN_BOTH.fullmatch(text) or regex.search(r"\{[^}]*\d{4}", text):
                 refuse(f"the split pattern {text!r:.60}")
             patterns.append(text)
         else:
             refuse(f"the pre_tokenizer step {json.dumps(step)[:120]}")
     try:
-        return [regex.compile(pattern) for pattern in patterns]
-    except regex.error as error:
+        compiled = [regex.compile(pattern) for pattern in patterns]
+        for pattern in compiled:
+            for letter in {*"a1 .", *pattern.pattern}:
+                all(pattern.finditer(letter * 1000 + "\0" + pattern.pattern, timeout=PATIENCE))
+    except (regex.error, TimeoutError) as error:
         refuse(f"a split pattern ({error})")
+    return compiled
 
 
 def _first_of_template(processor, refuse):
@@ -341,6 +357,12 @@ def _valid(text):
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _read(path):
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: more than {LARGEST_FILE:,} bytes, no tokenizer file is so large; download it again")
+    return path.read_bytes()
 
 
 def _checked_vocab(vocab, where):

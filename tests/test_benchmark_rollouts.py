@@ -9,7 +9,6 @@ import torch
 from benchmarks import generation, growth, ppo_step
 from benchmarks import side_by_side as bench
 from nanorlhf import checkpoint, config, tokenizer
-from nanorlhf.batching import Row, pack_rows
 from nanorlhf.config import InputError
 
 TINY_POINT = {"k": 3, "prompt": 9, "new": 4, "layers": 2, "width": 64}

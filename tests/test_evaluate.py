@@ -325,9 +325,9 @@ def files(tmp_path):
 
 
 def test_matched(files):
-    prompts, a, b, alone = matched(files["a"], files["b"])
-    assert prompts == [f"p{i}" for i in range(6)] and set(a) == {" long answer"} and set(b) == {" short"} and alone == 1
-    prompts, a, b, _ = matched(files["a"], files["b"], k=5)
+    prompts, a, b, alone, dropped = matched(files["a"], files["b"])
+    assert prompts == [f"p{i}" for i in range(6)] and set(a) == {" long answer"} and set(b) == {" short"} and alone == 1 and not dropped
+    prompts, a, b, *_ = matched(files["a"], files["b"], k=5)
     assert prompts[:3] == ["p0", "p0", "p1"] and a[:2] == [" long answer", " x"] and b[:2] == [" short", " z"] and len(a) == len(b) == 12
 
 

@@ -116,8 +116,8 @@ def test_classification_leaves_out_what_has_no_label():
 
 
 def test_balanced_weights():
-    # one good and four bad: 5/2 and 5/8 each, in all 5, half of it the good one's; one kind alone: 1; no label or not there: 0
-    label = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 0, -1, 0, 1], [1, 1, 0, -1, -1], [1, 1, 1, 1, 0]])
+    # one good and four bad: 5/2 and 5/8 each, in all 5, half of it the good one's; one kind alone: 1; no label (-1, 2) or not there: 0
+    label = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 0, -1, 0, 1], [1, 1, 0, 2, -1], [1, 1, 1, 1, 0]])
     valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5, [True] * 4 + [False]])
     expected = [[2.5, 0.625, 0.625, 0.625, 0.625], [1, 1, 1, 0, 0], [1.5, 0.75, 0, 0.75, 0], [0.75, 0.75, 1.5, 0, 0], [1, 1, 1, 1, 0]]
     assert balanced_weights(label, valid).tolist() == expected
@@ -281,6 +281,35 @@ def test_float32_or_better(name):
     precise, single = f(x, ALL, None), f(x.float(), ALL, None)
     assert precise.dtype == torch.float64 and single.dtype == torch.float32
     assert 0 < abs(precise - single.double()) < 1e-5                   # float64 has not passed through float32 on its way
+
+
+def test_a_loss_has_the_precision_of_the_model_s_outputs():
+    # float32 outputs beside float64 weights, targets and levels: float32
+    one = torch.ones(1, 2, dtype=torch.float64)
+    assert classification_loss(one.float(), one, one > 0, weight=one).dtype == torch.float32
+    assert quantile_huber_loss(one.float(), one, one[0] / 2, 1.0).dtype == torch.float32
+
+
+BOOL = torch.ones(1, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("f, arguments", [
+    (sft_loss, (BOOL.float(), BOOL)), (ranking_loss, (BOOL.float(), BOOL.float(), BOOL)), (classification_loss, (BOOL.float(), BOOL.float(), BOOL))])
+def test_shapes_that_would_broadcast_are_refused(f, arguments):
+    # one group beside three: each in turn has more or fewer than the others
+    three = [x.expand(3, 4) for x in arguments]
+    assert f(*arguments).shape == f(*three).shape == ()
+    for i in range(len(arguments)):
+        for usual, other in ((arguments, three), (three, arguments)):
+            with pytest.raises(AssertionError):
+                f(*usual[:i], other[i], *usual[i + 1:])
+
+
+@pytest.mark.parametrize("quantiles, targets, levels", [((1, 2), (3, 5), 2), ((3, 2), (1, 5), 2), ((3, 2), (3, 5), 1), ((3, 1), (3, 5), 2)])
+def test_quantiles_that_would_broadcast_are_refused(quantiles, targets, levels):
+    # one response beside three; one level beside two
+    with pytest.raises(AssertionError):
+        quantile_huber_loss(torch.zeros(quantiles), torch.zeros(targets), quantile_levels(levels), 1.0)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -353,7 +353,8 @@ def test_a_training_step_in_bfloat16(family):
             loss.backward()
             assert all(p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32) for p in policy.parameters())
             seen.append(loss.item())
-            norms.setdefault(dtype, []).append(optim.update(policy, optimizer, 1e-4))
+            norms.setdefault(dtype, []).append(optim.gradient_norm(policy))
+            optim.update(policy, optimizer, 1e-4, norms[dtype][-1])
         losses_found[dtype] = seen
         assert all(x.dtype == torch.float32 for state in optimizer.state.values() for x in state.values())
     for a, b, before, after in zip(*losses_found.values(), *norms.values()):

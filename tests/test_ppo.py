@@ -151,6 +151,17 @@ def test_whiten_mean_zero_variance_one():
     assert (white[~mask] == 0).all()
 
 
+def test_whiten_keeps_the_digits_of_large_numbers():
+    # 2^23 and 2^23 + 1: mean 2^23 + 1/2, which float32 does not hold; deviation 1/2
+    assert ppo.whiten(torch.tensor([2.0**23, 2**23 + 1]), torch.tensor([True, True])).tolist() == [-1, 1]
+
+
+def test_whiten_of_a_deviation_as_small_as_its_epsilon():
+    # +-1e-4: variance 1e-8, so 1e-4 / sqrt(1e-8 + 1e-8) = 1 / sqrt 2
+    white = ppo.whiten(torch.tensor([1e-4, -1e-4], dtype=torch.float64), torch.tensor([True, True]))
+    assert white.tolist() == pytest.approx([0.5**0.5, -0.5**0.5], rel=1e-9)
+
+
 def test_moments_add_up_over_processes():
     mask, x = uneven(5, 2, 0, 4, width=5), random(4, 5)
     x = x.masked_fill(~mask, NAN)
@@ -204,6 +215,9 @@ def test_policy_loss_at_extremes(dtype):
     advantages, mask = torch.tensor([1.0, 0, 1, -1], dtype=dtype), torch.ones(4, dtype=torch.bool)
     value, grad = gradient(lambda x: ppo.policy_loss(x, old, advantages, mask, 0.2, count=1)[0], torch.tensor([0.0, 0, -100, -100], dtype=dtype))
     assert value.item() == pytest.approx(-1.2 + 0.8) and grad.abs().max() < 1e-40
+    # A = -1/2 and a ratio of e^100: e^100 / 2, infinite in float32
+    value, _ = ppo.policy_loss(old[2:3] + 100, old[2:3], torch.tensor([-0.5], dtype=dtype), mask[:1], 0.2)
+    assert value.item() == (math.inf if dtype == torch.float32 else pytest.approx(math.exp(100) / 2))
 
 
 def test_policy_loss_gradient_at_ratio_one_is_the_policy_gradient():
@@ -249,6 +263,8 @@ def test_entropy_by_enumeration():
     assert ppo.entropy(torch.zeros(10)).item() == pytest.approx(math.log(10), abs=1e-6)
     p = torch.softmax(random(10), -1)
     assert ppo.entropy(random(10)).item() == pytest.approx(-sum(x * math.log(x) for x in p.tolist()), abs=1e-12)
+    # two tokens, three words: a number a token;  1.5 ln 2 as above and ln 3
+    assert ppo.entropy(torch.tensor([[0.5, 0.25, 0.25], [1, 1, 1]]).log()).tolist() == pytest.approx([1.5 * math.log(2), math.log(3)], abs=1e-6)
 
 
 def test_entropy_at_extremes():
@@ -291,6 +307,17 @@ def test_explained_variance():
     assert ppo.explained_variance(wrong, returns, mask) == pytest.approx(-3)
     assert ppo.explained_variance(wrong / 1000, returns / 1000, mask) == pytest.approx(-3, rel=1e-4)      # small returns are no constant
     assert ppo.explained_variance(returns, constant, mask) == 0 and ppo.explained_variance(returns, returns, torch.zeros_like(mask)) == 0
+    # V = G / 2 leaves half of G, a quarter of its variance 14/9, which is summed in float64;  the other way round V - G has all of V's: 1 - 1
+    returns, mask = torch.tensor([1.0, 2, 4]), torch.ones(3, dtype=torch.bool)
+    assert ppo.explained_variance(returns / 2, returns, mask) == pytest.approx(0.75, abs=1e-12)
+    assert ppo.explained_variance(returns, returns / 2, mask) == pytest.approx(0, abs=1e-12)
+    assert type(ppo.explained_variance(returns / 2, returns, mask)) is float            # for json
+
+
+def test_explained_variance_of_returns_that_hardly_vary():
+    # 0 and x: variance x^2 / 4, which is 1.44e-12 or 0.81e-12; under 1e-12 it is a constant, which even a perfect critic has not explained
+    returns, mask = torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([True, True])
+    assert [ppo.explained_variance(x * returns, x * returns, mask) for x in (2.4e-6, 1.8e-6)] == [1, 0]
 
 
 # --------------------------------------------------------------------------------------- every function, the same promises
@@ -329,9 +356,9 @@ def test_micro_batches_with_the_whole_count_are_the_whole(name):
 def test_the_shares_that_are_clipped_are_counted_alike(name):
     if name == "masked_mean":
         return
-    f = (lambda r, count: ppo.policy_loss(A[r], B[r], C[r], MASK[r], 0.2, count)[1]) if name == "policy" else \
-        (lambda r, count: ppo.value_loss(A[r], B[r], C[r], MASK[r], 0.2, count)[1])
-    whole = f(ALL, None)
+    f = (lambda r, *count: ppo.policy_loss(A[r], B[r], C[r], MASK[r], 0.2, *count)[1]) if name == "policy" else \
+        (lambda r, *count: ppo.value_loss(A[r], B[r], C[r], MASK[r], 0.2, *count)[1])
+    whole = f(ALL)
     assert 0 < whole < 1 and sum(f(r, MASK.sum()) for r in ALL.split(1)).item() == pytest.approx(whole.item())
 
 
@@ -360,11 +387,35 @@ def test_float32_or_better():
         "returns": lambda a, b, c: ppo.gae(a, b, MASK, 0.9, 0.8)[1], "whiten": lambda a, b, c: ppo.whiten(a, MASK), "entropy": lambda a, b, c: ppo.entropy(a),
         "policy": lambda a, b, c: ppo.policy_loss(a, b, c, MASK, 0.2)[0], "value": lambda a, b, c: ppo.value_loss(a, b, c, MASK, 0.2)[0]}
     for name, f in functions.items():
-        low = [x.bfloat16() for x in (A, B, C)]
-        assert f(*low).dtype == torch.float32 and torch.equal(f(*low), f(*(x.float() for x in low))), name
+        for dtype in (torch.bfloat16, torch.float16):
+            low = [x.to(dtype) for x in (A, B, C)]
+            assert f(*low).dtype == torch.float32 and torch.equal(f(*low), f(*(x.float() for x in low))), name
         single, double = f(A.float(), B.float(), C.float()), f(A, B, C)
         assert single.dtype == torch.float32 and double.dtype == torch.float64, name
         assert 0 < (single.double() - double).abs().max() < 1e-5, name   # float64 has not passed through float32 on its way
+
+
+SHAPED = {   # name -> (f, how many arguments of the mask's shape come before it)
+    "gae": (lambda *x: ppo.gae(*x, 0.9, 0.8), 2), "policy": (lambda *x: ppo.policy_loss(*x, 0.2), 3), "value": (lambda *x: ppo.value_loss(*x, 0.2), 3),
+    "rewards": (lambda *x: ppo.shape_rewards(torch.zeros(x[-1].shape[:-1]), *x, 0.1), 2)}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_shapes_that_would_broadcast_are_refused(name):
+    # one response beside three: each in turn has more or fewer than the others
+    f, n = SHAPED[name]
+    one, three = ([torch.zeros(b, 4)] * n + [torch.ones(b, 4, dtype=torch.bool)] for b in (1, 3))
+    assert len(f(*one)) and len(f(*three))
+    for i in range(n + 1):
+        for usual, other in ((one, three), (three, one)):
+            with pytest.raises(AssertionError):
+                f(*usual[:i], other[i], *usual[i + 1:])
+
+
+@pytest.mark.parametrize("scores, responses", [(1, 3), (3, 1)])
+def test_scores_that_would_broadcast_are_refused(scores, responses):
+    with pytest.raises(AssertionError):
+        ppo.shape_rewards(torch.zeros(scores), *[torch.zeros(responses, 4)] * 2, torch.ones(responses, 4, dtype=torch.bool), 0.1)
 
 
 @pytest.mark.parametrize("name", REDUCED)

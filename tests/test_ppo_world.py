@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import train_ppo
-from nanorlhf import dist, generate, gpt2, optim
+from nanorlhf import dist, generate, gpt2, optim, runs
 from nanorlhf.batching import Row, pack_rows
 from nanorlhf.heads import Policy
 
@@ -59,13 +59,14 @@ def test_policy_reaches_the_enumerable_optimum(k, seed):
     best = ref * torch.tensor(list(SCORES.values()), dtype=torch.float64).div(BETA).exp()
     best = best / best.sum()
     optimizer = optim.adamw(policy, config.lr, train_ppo.ADAM_EPS)
+    finite = runs.Finite(config, "train_ppo", policy)
     steps = 60
     for step in range(steps):
         prompts = [Row([4], [], index) for index in range(config.groups)]
         rollout = train_ppo.sample(policy, Tokens, Reward(), prompts, [""] * config.groups, config, generate.ROLLOUT, step, k)
         train_ppo.look(policy, reference, rollout, config, device)
         train_ppo.add_advantages(rollout, config.kl_coef, config)
-        train_ppo.update(policy, optimizer, rollout, config, device, step, optim.learning_rate(config.lr, step, steps, "linear"))
+        train_ppo.update(policy, optimizer, rollout, config, device, step, optim.learning_rate(config.lr, step, steps, "linear"), finite)
     found = table(policy.trunk)
     kl = lambda p, q: (p * (p / q).log()).sum().item()
     assert found.sum() == pytest.approx(1, abs=1e-6)

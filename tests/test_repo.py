@@ -20,17 +20,17 @@ ENTRIES = {"train_sft.py": "train_sft", "train_rm.py": "train_rm", "train_ppo.py
            "nanorlhf.study.evaluate": "nanorlhf.study.evaluate"}
 
 # Who may import whom; a leaf imports nobody and can be read alone in a lecture.
-LEAVES = {"losses", "ppo", "gpt2", "llama", "heads", "config", "tokenizer", "dist", "log", "optim", "speed"}
+LEAVES = {"losses", "ppo", "gpt2", "llama", "heads", "config", "tokenizer", "files", "optim", "speed"}
 ALLOWED = {"data": {"config"}, "batching": {"config", "data"}, "generate": {"batching"}, "reward": {"batching", "config", "data"},
-           "checkpoint": {"config", "gpt2", "heads", "llama", "log", "reward", "tokenizer"}, "runs": {"checkpoint", "config", "log"},
-           "sample": {"batching", "checkpoint", "config", "data", "dist", "generate", "log", "reward", "speed"},
+           "checkpoint": {"config", "files", "gpt2", "heads", "llama", "reward", "tokenizer"}, "runs": {"batching", "checkpoint", "config", "dist", "files"}, "log": {"files"}, "dist": {"config"},
+           "sample": {"batching", "checkpoint", "config", "data", "dist", "files", "generate", "reward", "speed"},
            # the study may import the method and the scripts, the method never the study
            "study/world": set(), "study/small": {"checkpoint", "gpt2", "heads", "llama", "tokenizer"},
-           "study/judge": {"config", "data", "log", "reward"},
+           "study/judge": {"config", "data", "files", "reward"},
            "study/evaluate": {"batching", "checkpoint", "config", "data", "dist", "losses", "judge"},
-           "study/stages": {"batching", "checkpoint", "data", "heads", "log", "losses", "ppo", "sample", "evaluate", "judge", "small", "world"},
-           "study/report": {"log", "evaluate", "figures", "findings", "world"}, "study/findings": {"config", "evaluate", "figures"}, "study/figures": set(),
-           "study/__main__": {"checkpoint", "config", "dist", "log", "report", "stages"}}
+           "study/stages": {"batching", "checkpoint", "data", "files", "heads", "log", "losses", "ppo", "sample", "evaluate", "judge", "small", "world"},
+           "study/report": {"files", "evaluate", "figures", "findings", "world"}, "study/findings": {"config", "evaluate", "figures"}, "study/figures": set(),
+           "study/__main__": {"checkpoint", "config", "dist", "files", "log", "report", "stages"}}
 THIRD_PARTY = {"torch", "tiktoken", "sentencepiece", "numpy", "safetensors", "regex"}      # regex comes with tiktoken
 MORE = {"study/world": {"nanorlhf"}, "study/evaluate": {"train_rm"}, "study/stages": {"train_sft", "train_rm", "train_ppo"},
         "study/report": {"matplotlib"}, "study/figures": {"matplotlib"}}
@@ -60,7 +60,7 @@ def test_imports_point_one_way(path):
 def test_every_flag_is_read_and_explained(module):
     loaded = importlib.import_module(module)
     source = Path(loaded.__file__).read_text(encoding="utf-8")
-    used = source + (ROOT / "nanorlhf" / "checkpoint.py").read_text(encoding="utf-8")
+    used = source + (ROOT / "nanorlhf" / "runs.py").read_text(encoding="utf-8")
     for field in dataclasses.fields(loaded.Config):
         assert re.search(rf"config\.{field.name}\b", used), f"--{field.name} of {module} is read by nothing"
         assert re.search(rf"^    {field.name}:[^#\n]*#\s*\S", source, re.MULTILINE), f"--{field.name} of {module} has no comment"

@@ -19,8 +19,16 @@ def step(model, optimizer, batch):
     """One real update.  -> loss"""
     loss = -model(batch).logprobs.sum() + model(batch).values.pow(2).sum()
     loss.backward()
-    optim.update(model, optimizer, 1e-2)
+    optim.update(model, optimizer, 1e-2, optim.gradient_norm(model))
     return loss.item()
+
+
+def config(out):
+    return train_sft.Config(data="d", init="i", out=str(out))
+
+
+def save(out, model, optimizer, step, **numbers):
+    runs.save(config(out), "train_sft", model, optimizer, step, lambda: None, **numbers)
 
 
 def fresh(family, dtype=torch.float32):
@@ -35,14 +43,14 @@ def test_state_resumes_bit_for_bit(family, dtype, tmp_path):
     model, optimizer, batch = fresh(family, dtype)
     for _ in range(2):
         step(model, optimizer, batch)
-    runs.save(tmp_path, model, optimizer, 2, kl_coef=0.05)
-    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+    save(tmp_path, model, optimizer, 2, kl_coef=0.05)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", "state-000002.safetensors"]
 
     other, other_optimizer, _ = fresh(family, dtype)
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(3)
-    numbers = runs.load(tmp_path, other, other_optimizer)
+    numbers = runs.load(config(tmp_path), other, other_optimizer)
     assert numbers["step"] == 2 and numbers["kl_coef"] == 0.05
     for _ in range(2):                               # moments, bias correction and weights: all must be back for the steps to agree
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -56,9 +64,9 @@ def test_state_keeps_the_number_of_threads(tmp_path):
     (model, optimizer, _), before = fresh("gpt2"), torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)
-        runs.save(tmp_path, model, optimizer, 0)
+        save(tmp_path, model, optimizer, 0)
         torch.set_num_threads(before)
-        runs.load(tmp_path, model, optimizer)
+        runs.load(config(tmp_path), model, optimizer)
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -98,29 +106,32 @@ STATE_DAMAGE = {
     "a weight that would broadcast": shaped("model.trunk.ln_f.bias", (1,)),
     "a moment that would broadcast": shaped("exp_avg.trunk.ln_f.bias", (1,)),
     "a wider model's": shaped("model.trunk.ln_f.bias", (64,)),
+    "no processes": about(processes=0),
     "gone": lambda path, *_: path.unlink(),
 }
 
 
+@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("case", STATE_DAMAGE)
-def test_a_damaged_state_ends_in_one_line(case, tmp_path):
+def test_a_damaged_state_ends_in_one_line(case, listed, tmp_path):
     model, optimizer, batch = fresh("gpt2")
     step(model, optimizer, batch)
-    runs.save(tmp_path, model, optimizer, 1)
-    path = tmp_path / "state.safetensors"
+    save(tmp_path, model, optimizer, 1)
+    path = tmp_path / "state-000001.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
+    if not listed:                       # as if somebody had made the file: the checks behind the checksum
+        (tmp_path / "SHA256SUMS").unlink()
     STATE_DAMAGE[case](path, load_file(path), metadata)
-    with pytest.raises(InputError) as caught:
-        runs.load(tmp_path, model, optimizer)
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    with pytest.raises(InputError, match="SHA-256" if listed and case != "gone" else None) as caught:
+        runs.load(config(tmp_path), model, optimizer)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_a_run_killed_in_its_first_write_starts_again(tmp_path):
-    config = train_sft.Config(data="d", init="i", out=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json.tmp").write_text('{"script": "tra')            # killed before the rename: nothing of anybody's is there
-    assert runs.resumable(config, "train_sft") is False
+    assert runs.resumable(config(tmp_path / "run"), "train_sft") is False
     (tmp_path / "run" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="not a run of ours"):
-        runs.resumable(config, "train_sft")
+        runs.resumable(config(tmp_path / "run"), "train_sft")

@@ -290,7 +290,7 @@ def test_detach_value(detach, world, sft, tmp_path):
     out = start(train_ppo, data=world / "none.jsonl", policy=sft["gpt2"], reward=f"{world / 'reward.py'}:one", out=tmp_path / "ppo", **flags)
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (sft["gpt2"], out))
     assert all(torch.equal(before[name], after[name]) for name in before) == detach
-    assert metrics(out)[-1]["grad_norm"] > 0 and load_file(out / "state.safetensors")["model.value_head.weight"].abs().max() > 0
+    assert metrics(out)[-1]["grad_norm"] > 0 and load_file(runs.states(out)[0])["model.value_head.weight"].abs().max() > 0
 
 
 def test_statistic(world, sft, reward_models, tmp_path, capsys):
@@ -405,6 +405,7 @@ def test_mistakes_in_data(world, tmp_path, capsys):
 def edited(folder, to, values=None, tensors=None):
     """A copy of a model folder with other config values or tensors (None takes one away)."""
     shutil.copytree(folder, to)
+    (to / "SHA256SUMS").unlink()         # it would notice before anything is read
     for name, change, read, write in (("config.json", values, lambda p: json.loads(p.read_text()), lambda d, p: p.write_text(json.dumps(d))),
                                       ("model.safetensors", tensors, load_file, save_file)):
         if change:
@@ -505,8 +506,9 @@ def test_mistakes_about_the_run_folder(world, tmp_path, capsys):
     before = tree(out)
     start(train_sft, out=out, **flags)       # the same command on a finished run: nothing to do
     assert tree(out) == before
-    (out / "state.safetensors").write_bytes(b"damaged")
-    refuse(capsys, train_sft, dict(out=out, **flags), "state.safetensors", "damaged")
+    for path in runs.states(out):
+        path.write_bytes(b"damaged")
+    refuse(capsys, train_sft, dict(out=out, **flags), "state-000002.safetensors", "damaged", "remove the folder")
 
 
 def test_more_steps_with_a_constant_schedule(world, tmp_path, capsys):
@@ -530,7 +532,7 @@ def process(script, flags, **env):
 def test_a_process_ends_with_one_line(world, tmp_path):
     good = dict(data=world / "label.jsonl", init=world / "gpt2", out=tmp_path / "out", **SFT)
     for started, says in ((process(train_sft, {**good, "nonsense": 1}), "--nonsense"), (process(train_rm, {**good, "data": tmp_path / "no.jsonl"}), "no.jsonl"),
-                          (process(train_sft, good, WORLD_SIZE="2"), "WORLD_SIZE: this version trains in one process")):
+                          (process(train_sft, good, WORLD_SIZE="2"), "several processes are started by torchrun")):
         error = started.communicate(timeout=100)[1]
         assert started.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error, error
     assert not (tmp_path / "out").exists()
@@ -588,7 +590,8 @@ def same_run(whole, other):
     """Bit for bit, but for the clock; and nothing is left lying about."""
     assert untimed(whole) == untimed(other)
     assert tree(whole / "model") == tree(other / "model")
-    assert (whole / "state.safetensors").read_bytes() == (other / "state.safetensors").read_bytes()
+    assert [path.name for path in runs.states(whole)][:1] == [path.name for path in runs.states(other)][:1]
+    assert runs.states(whole)[0].read_bytes() == runs.states(other)[0].read_bytes()
     assert (whole / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
     assert not list(other.rglob("*.tmp"))
 
@@ -605,7 +608,7 @@ def signal_at_step(started, out, step, name):
 
 
 def finished_steps(out):
-    with safe_open(out / "state.safetensors", framework="pt") as file:
+    with safe_open(runs.states(out)[0], framework="pt") as file:
         return json.loads(file.metadata()["run"])["step"]
 
 
@@ -619,7 +622,7 @@ def interrupted(script, flags, tmp_path):
     assert started[0].returncode == 130 and error.splitlines()[-1] == "stopped; the same command goes on from the last save" and "Traceback" not in error
     assert steps // 2 < finished_steps(stopped) == len(metrics(stopped)) < steps
     assert started[1].returncode == -signal.SIGKILL and save_every <= finished_steps(killed) < len(metrics(killed)) <= steps
-    (killed / "state.safetensors.tmp").write_bytes(b"half")                # as if it had died while writing
+    (killed / "state-000099.safetensors.tmp").write_bytes(b"half")                # as if it had died while writing
     (killed / "model" / "model.safetensors.tmp").write_bytes(b"half")
     with open(killed / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 99, "loss": "\xe2')
@@ -652,7 +655,7 @@ def test_sigterm_is_a_stop(world, tmp_path):
     flags = dict(data=world / "label.jsonl", init=world / "gpt2", out=tmp_path / "run", **{**STOP, "steps": 2000, "save_every": 2000, "eval_every": 2000})
     started = process(train_sft, flags)
     error = signal_at_step(started, tmp_path / "run", 2, signal.SIGTERM)
-    assert started.returncode == 130 and error == "stopped; the same command goes on from the last save\n"
+    assert started.returncode == 75 and error == "stopped; the same command goes on from the last save\n"
     assert finished_steps(tmp_path / "run") == len(metrics(tmp_path / "run"))
     checkpoint.load_policy(tmp_path / "run")
 

@@ -24,8 +24,9 @@ from typing import Literal
 
 from ..checkpoint import read_json
 from ..config import InputError, check, run
-from ..dist import GO_ON
-from ..log import header, replace
+from ..dist import CODES, Stopped
+from ..files import replace
+from ..log import header
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,13 @@ def opened(out, name, sizes):
     state, path = {"scale": name, "sizes": sizes, "seconds": 0.0, "stages": {}}, out / "study.json"
     if path.exists():
         state |= read_json(path)
-    if not isinstance(state["stages"], dict) or not isinstance(state["seconds"], (int, float)):
+    known = isinstance(state["stages"], dict) and all(isinstance(stage, dict) for stage in state["stages"].values())
+    if not known or type(state["seconds"]) not in (int, float) or not 0 <= state["seconds"] < 1e12:
         raise InputError(f"{path}: damaged; name another --out")
     if state["scale"] != name:
-        raise InputError(f"--out {out}: holds a study of scale {state['scale']}, not {name}; name another folder")
+        raise InputError(f"--out {out}: holds a study of scale {state['scale']!s:.80}, not {name}; name another folder")
     if state["sizes"] != sizes:
-        raise InputError(f"--out {out}: was started with other sizes of scale {name} ({state['sizes']}); name another folder")
+        raise InputError(f"--out {out}: was started with other sizes of scale {name} ({state['sizes']!s:.200}); name another folder")
     return state
 
 
@@ -194,12 +196,14 @@ def study(config, out, seeds, state):
         workers = Workers(count, out, config.scale, seeds)
         try:
             carry_out(stages, state["stages"], workers, out, record)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(GO_ON) from None
         finally:
             workers.close()
     from . import report
     print(report.write(out, seeds))
+
+
+def leave(number, _):
+    raise Stopped(number)
 
 
 def main(config):
@@ -211,7 +215,8 @@ def main(config):
     if out.exists() and not (out / "study.json").exists() and any(other.suffix != ".tmp" for other in out.iterdir()):
         raise InputError(f"--out {out}: exists and is not a study; name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in CODES:
+        signal.signal(name, leave)
     with alone(out):
         study(config, out, config.seeds or scale.seeds, opened(out, config.scale, json.loads(json.dumps(asdict(scale)))))
 

@@ -8,6 +8,7 @@ of one response (M may differ between responses). "Groups" are lists with one li
 Outputs of a reward model are raw: before map and normalisation. What has no value (an accuracy of no pairs) is NaN.
 """
 import math
+from collections import Counter
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from train_rm import auc
 
 from .. import checkpoint, data, dist
-from ..batching import encode_all
+from ..batching import deal, encode_all
 from ..config import InputError, check, run
 from ..losses import quantile_levels
 from .judge import Config as JudgeConfig, make
@@ -344,28 +345,30 @@ class Config:
 def matched(a, b, k=1):
     """The first k samples of each prompt in two files of groups, in pairs; an expert's response (label 1), where there are others, is no sample.
 
-    -> (prompts, texts of a, texts of b, how many prompts only one file has)
+    -> (prompts, texts of a, texts of b, how many prompts only one file has, what was dropped in reading)
     """
-    sampled = []
+    sampled, dropped = [], Counter()
     for path in (a, b):
         sampled.append(found := {})
-        for group in data.read_groups(path)[0]:
+        groups, reasons = data.read_groups(path)
+        dropped += reasons
+        for group in groups:
             texts = [r.text for r in group.responses if r.label != 1] or [r.text for r in group.responses]
             found.setdefault(group.prompt, []).extend(texts)
     both = [prompt for prompt in sampled[0] if prompt in sampled[1]]
     found = [(prompt, x, y) for prompt in both for x, y in zip(sampled[0][prompt][:k], sampled[1][prompt])]
     if not found:
         raise InputError(f"--a {a} --b {b}: no prompt has a response in both")
-    return *map(list, zip(*found)), len(sampled[0]) + len(sampled[1]) - 2 * len(both)
+    return *map(list, zip(*found)), len(sampled[0]) + len(sampled[1]) - 2 * len(both), dropped
 
 
 def raw_outputs(reward, rows):
-    """Raw outputs of a `reward.RewardModel` for rows of any K.  -> a (K,N) array a row"""
-    found = {}
-    for k in {len(row.responses) for row in rows}:
-        same = [i for i, row in enumerate(rows) if len(row.responses) == k]
-        found.update(zip(same, reward.outputs([rows[i] for i in same]).double().cpu().numpy()))
-    return [found[i] for i in range(len(rows))]
+    """Raw outputs of a `reward.RewardModel` for rows of any K, the work shared among the processes.  -> a (K,N) array a row"""
+    mine, found = deal([row.columns for row in rows], dist.world())[dist.rank()], []
+    for k in {len(rows[i].responses) for i in mine}:
+        same = [i for i in mine if len(rows[i].responses) == k]
+        found += zip(same, reward.outputs([rows[i] for i in same]).double().tolist())
+    return [np.array(outputs) for _, outputs in sorted(pair for pairs in dist.everyone(found) for pair in pairs)]
 
 
 def measure(outputs, rows, kappa=None, opinions=None, training=None):
@@ -409,11 +412,12 @@ def show(found, indent="  "):
 def compare_files(config):
     """Win rate of the responses in --a over those in --b."""
     judge = make(JudgeConfig(config.judge, config.a, reference=config.reference, url=config.url, model=config.model, cache=config.cache))
-    prompts, a, b, alone = matched(config.a, config.b, config.k)
+    prompts, a, b, alone, dropped = matched(config.a, config.b, config.k)
     found = win_rate(judge, prompts, a, b)
     if not found["n"]:
         raise InputError(f"--judge {config.judge}: skipped all of {len(prompts)} pairs")
-    print(f"{config.a} against {config.b}: {found['n']} pairs judged in both orders, {found['skipped']} skipped; {alone} prompts are in one file only")
+    print(f"{config.a} against {config.b}: {found['n']} pairs judged in both orders, {found['skipped']} skipped; {alone} prompts are in one file only; "
+          f"dropped: {dict(dropped) or 'nothing'}")
     print(f"  wins {found['wins']}  ties {found['ties']}  losses {found['losses']}   the two orders name different winners in {found['disagreed']:.1%}")
     for name, what in (("share", "wins + ties / 2"), ("decided", "wins / decided"), ("paper", "wins / all (paper A)")):
         print(f"  {what:<22}{found[name]:7.1%}   95 % [{found[name + '_low']:.1%}, {found[name + '_high']:.1%}]")
@@ -424,10 +428,14 @@ def compare_files(config):
 
 def measure_reward(config):
     """What a reward model says of the held-out part of --data, beside its places, labels and opinions."""
+    device = dist.setup(config.device, 0)
     reward, path = checkpoint.load_reward_model(config.reward), Path(config.reward) / "config.json"
     flags = checkpoint.read_json(path).get("flags", {}) if path.exists() else {}     # a bare model folder does not say how it was trained
+    kappa = flags.get("kappa", 1.0) if isinstance(flags, dict) else None
+    if type(kappa) not in (int, float) or not 0 <= kappa < math.inf or flags.get("labels", "auto") not in ("auto", "place", "label", "scores"):
+        raise InputError(f"{path}: flags {flags!r:.80} are not those of train_rm.py")
     source = data.load(config.data)
-    reward.model.to(dist.setup(config.device, 0))
+    reward.model.to(device)
     encoded, dropped = encode_all(source.held_out, reward.tokenizer, reward.max_length, labels=flags.get("labels", "auto"))
     rows, dropped = [row for row in encoded if len(set(row.place)) > 1], dict(source.dropped + dropped) or "nothing"
     if not rows:
@@ -435,7 +443,7 @@ def measure_reward(config):
     opinions = [[r.scores for r in source.held_out[row.index].responses] for row in rows]
     training = [r.scores for group in source.train for r in group.responses if r.scores]
     target = flags.get("quantile_target", "label")
-    found = measure(raw_outputs(reward, rows), rows, flags.get("kappa", 1.0) if target == "label" else None,
+    found = measure(raw_outputs(reward, rows), rows, kappa if target == "label" else None,
                     opinions if all(z for group in opinions for z in group) else None, training if target == "scores" else None)
     print(f"{config.reward} on {config.data}: {len(rows)} held-out groups; dropped: {dropped}")
     print("  trained with " + (" ".join(f"--{name} {flags.get(name)}" for name in RELEVANT) if flags else "flags that a model folder does not tell (the defaults, then)"))
@@ -451,7 +459,11 @@ def main(config):
     missing = [name for name in modes[named.index(True)] if not getattr(config, name)]
     if missing:
         raise InputError(f"--{missing[0]} is missing")
-    measure_reward(config) if config.reward else compare_files(config)
+    if config.reward:
+        measure_reward(config)
+    else:
+        dist.setup("cpu", 0)
+        dist.first(lambda: compare_files(config))        # a judge that is asked over the network is asked once
 
 
 if __name__ == "__main__":

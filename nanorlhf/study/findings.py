@@ -3,35 +3,61 @@
 Sentences and verdicts are chosen by the numbers: they read otherwise when the numbers fall otherwise. A list has one value a seed, None where
 something is missing.
 """
-import json
+import contextlib
 
 import numpy as np
 
-from ..config import InputError
+from ..config import LARGEST_JSON, InputError, parse_json, read_bytes
 from .evaluate import COVERAGE_MARGIN, wilson
 from .figures import num
 
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)            # Student's t, 97.5 %, by degrees of freedom from 1
 CORNERS = {("ranking", "places"): "ranking", ("ranking", "labels"): "ranking-on-labels",
            ("classification", "places"): "classification-on-places", ("classification", "labels"): "classification"}
+LARGEST = 1e12                           # of a number on the page: nothing that is measured comes near, and drawing 1e308 overflows
 ESTIMATORS = ("gaussian", "kde", "histogram")
 
 
 # -------------------------------------------------------------------------------------------------- reading and averaging
 
+def read(path):
+    return parse_json(read_bytes(path, LARGEST_JSON), path)
+
+
+@contextlib.contextmanager
+def as_written(out):
+    """Files of a study that somebody has changed: a name is missing, a list stands where a number is read. One line, not a traceback."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{out}: study.json, or a results.json or metrics.jsonl, is not as the study wrote it ({error!r:.120}); was it changed?") from error
+
+
 def load(out, seeds):
     """-> (study.json, [results of each seed], [{run: rows of its metrics.jsonl} of each seed])"""
-    study, results, metrics = json.loads((out / "study.json").read_text(encoding="utf-8")), [], []
+    study, results, metrics = read(out / "study.json"), [], []
     for seed in range(seeds):
         path = out / f"seed{seed}" / "results.json"
         if not path.exists():
             raise InputError(f"{path}: is missing; run the study to its end first")
-        results.append(json.loads(path.read_text(encoding="utf-8")))
-        runs = [f"ppo-{arm}" for arm in results[-1]["ways"]] + ["rm-together", "rm-apart"]
+        results.append(read(path))
+        if wrong := misplaced(results[-1]):
+            raise InputError(f"{path}: {wrong} is no number for a page; remove the stage seed{seed}/measure from study.json and give the same command again")
+        runs = [f"ppo-{arm}" for arm in results[-1].get("ways") or ()] + ["rm-together", "rm-apart"]
         files = {run: path.parent / run / "metrics.jsonl" for run in runs}
-        lines = {run: file.read_text(encoding="utf-8").splitlines() if file.exists() else [] for run, file in files.items()}
-        metrics.append({run: [json.loads(line) for line in found] for run, found in lines.items()})
+        lines = {run: enumerate(read_bytes(file).splitlines(), 1) if file.exists() else () for run, file in files.items()}
+        metrics.append({run: [parse_json(line, f"{files[run]}:{n}") for n, line in found] for run, found in lines.items()})
     return study, results, metrics
+
+
+def misplaced(value, name=""):
+    """The first value in results.json that is neither a number that can be drawn, nor null, nor a text where texts are.  -> str or None"""
+    if isinstance(value, (dict, list)):
+        return next(filter(None, (misplaced(x, key) for key, x in (value.items() if isinstance(value, dict) else ((name, x) for x in value)))), None)
+    good = name in ("text", "prompt", "words") if isinstance(value, str) else value is None or abs(value) < LARGEST
+    return None if good else f"{name[:60]!r} {value!r:.60}"
 
 
 def get(tree, *path):

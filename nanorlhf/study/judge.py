@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import data
-from ..config import InputError, check, run
-from ..log import replace
+from ..config import InputError, check, parse_json, read_bytes, run
+from ..files import replace
 from ..reward import FunctionReward, is_function
 
 
@@ -178,6 +178,7 @@ share an inner list: [[best], [next, equally good], ..., [worst]]"""
 ASKS = 3                                 # how often one question is asked before an answer that is no ranking is given up
 TRIES = 6                                # requests, while the network or the server fails, before the run stops
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0     # seconds between them: doubled each time; a server's Retry-After is cut to the second
+LARGEST_ANSWER = 2**20                   # bytes of one answer: a ranking with thousands of words around it has a hundredth of that
 LETTERS = string.ascii_uppercase
 CHARACTERS = 4                           # of English a token, and
 ANSWER = 6                               # tokens of the answer a response: for the estimate of a dry run
@@ -294,14 +295,14 @@ class OpenAI(Judge):
     def _read(self):
         """hash -> ranking of the answers on disk; writes nothing."""
         found = {}
-        for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(read_bytes(self.path).split(b"\n"), 1):
             try:
-                row = json.loads(line) if line.strip() else None
-            except ValueError:
+                row = parse_json(line, self.path) if line.strip() else None
+            except InputError:
                 if line.startswith(START) or START.startswith(line):
                     continue                     # half a line, of a process that was killed while it wrote: that answer is asked for again
                 row = {}
-            if row is not None and not (isinstance(row, dict) and {"ranking", "answered_by"} <= row.keys() and isinstance(row.get("key"), str)):
+            if row is not None and not ({"ranking", "answered_by"} <= row.keys() and isinstance(row.get("key"), str)):
                 raise InputError(f"--cache {self.path}:{number}: not an answer of a judge: {line[:60]!r}; name a new file or one that a judge wrote")
             if row is not None:
                 found[row["key"]] = row["ranking"]
@@ -350,6 +351,8 @@ class OpenAI(Judge):
         with self.opener.open(request, timeout=self.timeout) as response:
             while part := response.read1(65536):
                 parts.append(part)
+                if sum(map(len, parts)) > LARGEST_ANSWER:
+                    raise ValueError(f"an answer of more than {LARGEST_ANSWER:,} bytes")
                 if time.monotonic() > deadline:          # the socket's own timeout starts anew with each byte
                     raise TimeoutError(f"no whole answer in {self.timeout:g} s")
             if response.length:
@@ -426,6 +429,8 @@ def make(config):
         found = data.load(config.reference)
     except InputError as error:
         raise InputError(str(error).replace("--data", "--reference", 1)) from None
+    if found.dropped:
+        print(f"{config.reference}: dropped {dict(found.dropped)}")
     return (Reference if config.judge == "reference" else Replay)(found.train + found.held_out)
 
 

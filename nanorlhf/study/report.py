@@ -3,18 +3,17 @@
 Numbers come from results.json and metrics.jsonl of each seed alone. A drawing gets rows (dicts), the same that its CSV holds, so that what is
 seen can be checked. Whatever a model wrote passes through html.escape. The same study on the same machine gives the same bytes.
 """
-import json
 import os
 import platform
 from html import escape
 from pathlib import Path
 
-from ..log import replace
+from ..files import replace
 from . import figures, world
 from .evaluate import COVERAGE_MARGIN
 from .figures import num
-from .findings import (CORNERS, claims_a, claims_b, each, floors, get, load, many, mean, passes, sentence_quantile, sentence_why, sentence_wins,
-                       spread)
+from .findings import (CORNERS, as_written, claims_a, claims_b, each, floors, get, load, many, mean, passes, read, sentence_quantile, sentence_why,
+                       sentence_wins, spread)
 
 PAPER_A = ("ranking", "classification", "classification-raw", "judge")
 OTHERS = ("ranking", "ranking-on-labels", "classification-on-places", "scores-mean", "scores-cvar", "ranking-loose")
@@ -315,14 +314,14 @@ def section_panel(page, results):
 def section_made(page, out, study, seeds):
     page.section("made", "How it was made")
     path = out / "seed0" / "sft" / "config.json"
-    versions = get(json.loads(path.read_text(encoding="utf-8")), "versions") if path.exists() else None
+    versions = get(read(path), "versions") if path.exists() else None
     mine = {name: stage for name, stage in study["stages"].items() if not name.startswith("seed") or int(name[4:].split("/")[0]) < seeds}
     peak, stages = max([stage["peak_gib"] for stage in mine.values()], default=None), {}
     for name, stage in mine.items():
         stages.setdefault(name.split("/")[1] if name.startswith("seed") else name, []).append(stage["seconds"])
-    scale, workers = escape(study["scale"]), study.get("workers", 1)
+    scale, workers = escape(str(study["scale"])), study.get("workers", 1)
     page.text(f"""<pre>python -m nanorlhf.study --scale {scale} --seeds {seeds} --out {escape(str(out))}</pre>
-<p>Scale {scale}, {many(seeds)}, {many(len(mine), "stage")} in {study["seconds"] / 60:.1f} minutes on {many(workers, "worker")} of one thread
+<p>Scale {scale}, {many(seeds)}, {many(len(mine), "stage")} in {study["seconds"] / 60:.1f} minutes on {escape(many(workers, "worker"))} of one thread
 each; most memory of a worker {num(peak)} GiB. {escape(", ".join(f"{name} {version}" for name, version in (versions or {}).items()))}.</p>
 <p class="machine">Page written on {escape(platform.system())} {escape(platform.machine())}, {os.cpu_count()} cores, Python
 {platform.python_version()}.</p>
@@ -344,8 +343,11 @@ def overview(results, metrics):
 
 def write(out, seeds):
     """Writes OUT/page/.  -> the three sentences and the path, to be printed"""
-    out = Path(out)
-    study, results, metrics = load(out, seeds)
+    with as_written(out):
+        return _write(Path(out), seeds, *load(Path(out), seeds))
+
+
+def _write(out, seeds, study, results, metrics):
     page, folder = figures.Page(), out / "page"
     sentences = [sentence_wins(results), sentence_why(results), sentence_quantile(results)]
     section_claims(page, results, metrics)
@@ -359,7 +361,7 @@ def write(out, seeds):
     section_made(page, out, study, seeds)
     warning = {1: " One seed is an example, not a result.", 2: " Two seeds show that something varies, not by how much."}.get(seeds, "")
     head = f"""<p class="lead">Two papers done again from scratch in an invented world of fairy tales, whose judges can be asked anything: which reward
-model makes the better policy, and what do quantiles add? {many(seeds)}, scale {escape(study["scale"])}.{warning}</p>\n"""
+model makes the better policy, and what do quantiles add? {many(seeds)}, scale {escape(str(study["scale"]))}.{warning}</p>\n"""
     head += "\n".join(f'<p class="answer"><b>{escape(lead)}</b>{escape(rest)}</p>' for lead, rest in sentences)
     folder.mkdir(exist_ok=True)
     for name, data in page.csv.items():

@@ -16,7 +16,8 @@ import train_sft
 from .. import checkpoint, data, ppo, sample
 from ..batching import encode_all, micro_batches, pack_rows
 from ..heads import Scorer
-from ..log import clean, replace
+from ..files import replace
+from ..log import clean
 from ..losses import quantile_levels
 from . import evaluate, small, world
 from .judge import Scoring
@@ -183,7 +184,7 @@ def answer(policy, out, seed, name):
 
 def answers_in(path):
     """As `data.read_groups`, but an answer that says nothing stays: it is ill formed, not absent."""
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, path.read_bytes().splitlines())            # bytes: in a text, str.splitlines cuts at U+2028 and U+0085 too
     return [data.Group(line["prompt"], [data.Response(r["text"], ended=r.get("ended", True)) for r in line["responses"]]) for line in lines]
 
 

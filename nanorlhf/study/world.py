@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanorlhf.config import InputError, check, run
-from nanorlhf.log import replace
+from nanorlhf.files import replace
 
 ANIMALS = "fox wolf bear hare owl raven mouse cat frog goat goose swan hound pony".split()
 ROYALS = "king queen prince princess knight duchess".split()

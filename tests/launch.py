@@ -1,0 +1,165 @@
+"""Runs of the scripts in forked processes: torch is imported once, then each run has fresh processes, as torchrun would start them.
+
+    python tests/launch.py < jobs          a JSON object a line: {"script", "flags", "processes", "fault", "kill"}  ->  a JSON line for each
+
+fault: a name of FAULTS below, put into every process of the run.  kill: seconds after which all of its processes are killed.
+The answer: exit codes (negative: the signal), and what was written to stderr. Nothing here computes, so that forking is safe.
+"""
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch                                     # noqa: E402
+
+import train_ppo                                 # noqa: E402
+import train_rm                                  # noqa: E402
+import train_sft                                 # noqa: E402
+from nanorlhf import batching, config, dist, losses, ppo, runs, sample       # noqa: E402
+from nanorlhf.study import evaluate              # noqa: E402
+from nanorlhf.study import __main__ as study     # noqa: E402
+
+SCRIPTS = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo, "sample": sample, "evaluate": evaluate, "study": study}
+
+
+# ------------------------------------------------------------------------------------------- faults, as others have them
+
+def mean_of_means():
+    """Each micro-batch divides by its own count, and their mean is taken: small ones weigh too much."""
+    def own_count(function, parts):
+        def wrong(*arguments):
+            *arguments, count = arguments
+            found = function(*arguments)
+            return tuple(x / parts() for x in found) if isinstance(found, tuple) else found / parts()
+        return wrong
+    seen = {}
+
+    def plans(columns, max_tokens, processes):
+        found = batching_plans(columns, max_tokens, processes)
+        seen["parts"] = sum(map(len, found))
+        return found
+    batching_plans = batching.plans
+    for script in (train_sft, train_rm, train_ppo):
+        script.plans = plans
+    parts = lambda: seen["parts"]
+    train_sft.sft_loss = own_count(losses.sft_loss, parts)
+    losses.ranking_loss = own_count(losses.ranking_loss, parts)
+    losses.classification_loss = own_count(losses.classification_loss, parts)
+    losses.quantile_huber_loss = own_count(losses.quantile_huber_loss, parts)
+    ppo.policy_loss, ppo.value_loss = own_count(ppo.policy_loss, parts), own_count(ppo.value_loss, parts)
+
+
+def own_whitening():
+    """Each process whitens the advantages of its own share of the rollout."""
+    whiten = ppo.whiten
+
+    def wrong(x, mask):
+        mine = torch.zeros(len(mask), dtype=torch.bool)
+        mine[dist.rank()::dist.world()] = True
+        return whiten(x, mask, ppo.moments(x[mine], mask[mine]))
+    ppo.whiten = wrong
+
+
+def averaged():
+    """Gradients are averaged over the processes, as a distributed wrapper does, and nobody multiplies by their number."""
+    add = dist.add_gradients
+
+    def wrong(model):
+        add(model)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad /= dist.world()
+    dist.add_gradients = wrong
+
+
+def same_shard():
+    """Every process has the first one's share."""
+    dist_rank = dist.rank
+    for script in (train_sft, train_rm, train_ppo):
+        script.plans = lambda *arguments: [batching.plans(*arguments)[0]] * dist.world()
+    assert dist_rank() >= 0
+
+
+def nan_loss():
+    """The loss is NaN at the last process, in every micro-batch from the third call on."""
+    function, calls = losses.sft_loss, [0]
+
+    def wrong(*arguments):
+        calls[0] += torch.is_grad_enabled()
+        found = function(*arguments)
+        return found * float("nan") if torch.is_grad_enabled() and calls[0] in NAN_CALLS and dist.rank() == dist.world() - 1 else found
+    train_sft.sft_loss = wrong
+
+
+NAN_CALLS = {2, 3, 5, 6, 7, 8, 9}
+FAULTS = {f.__name__: f for f in (mean_of_means, own_whitening, averaged, same_shard, nan_loss)}
+
+
+# ------------------------------------------------------------------------------------------------------------------ runs
+
+def child(job, environment, errors):
+    """One process of a run, from after the imports to its end."""
+    os.environ.update(environment)
+    for number in (1, 2):
+        os.dup2(os.open(errors if number == 2 else os.devnull, os.O_WRONLY | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        if job.get("fault"):
+            FAULTS[job["fault"]]()
+        sys.argv = [job["script"]] + [word for key, value in job["flags"].items() for word in (f"--{key}", str(value))]
+        module = SCRIPTS[job["script"]]
+        config.run(module.main, module.Config)
+        code = 0
+    except SystemExit as left:
+        code = left.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(job):
+    """-> (process ids, the file of their stderr)"""
+    size, errors, ids = job.get("processes", 1), tempfile.mktemp(), []
+    open(errors, "w").close()
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if size > 1 else {}
+    for rank in range(size):
+        number = os.fork()
+        if number == 0:
+            os.setpgid(0, ids[0] if ids else 0)
+            child(job, {**shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {})}, errors)
+        ids.append(number)
+    return ids, errors
+
+
+def run(job):
+    ids, errors = start(job)
+    if job.get("kill") is not None:
+        time.sleep(job["kill"])
+        for number in ids:
+            os.kill(number, signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in ids]
+    with open(errors, encoding="utf-8") as file:
+        said = file.read()
+    os.unlink(errors)
+    return {"codes": codes, "stderr": said}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)
