@@ -3,6 +3,7 @@ many there are, it tells everyone what it has and adds up what everyone told.
 
 Numbers and texts travel as JSON, which is exact for float64 and is never unpickled; tensors are added up where they are.
 """
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -70,6 +71,7 @@ def _join():
     with _together():
         store, number, size = next(distributed.rendezvous("env://"))
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number, world_size=size)
+    atexit.register(distributed.destroy_process_group)
     said = distributed.PrefixStore("said", store)
 
     def first_to_say(message, echo):

@@ -8,7 +8,6 @@ The answer: exit codes (negative: the signal), and what was written to stderr. N
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import torch                                     # noqa: E402
 import train_ppo                                 # noqa: E402
 import train_rm                                  # noqa: E402
 import train_sft                                 # noqa: E402
-from nanorlhf import batching, config, dist, losses, ppo, runs, sample       # noqa: E402
+from nanorlhf import batching, config, dist, losses, ppo, sample       # noqa: E402
 from nanorlhf.study import evaluate              # noqa: E402
 from nanorlhf.study import __main__ as study     # noqa: E402
 
@@ -127,28 +126,24 @@ def child(job, environment, errors):
         os._exit(code)
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def start(job):
-    """-> (process ids, the file of their stderr)"""
+    """-> (process ids, the file of their stderr, the store where they meet, which outlives them, as torchrun's does)"""
     size, errors, ids = job.get("processes", 1), tempfile.mktemp(), []
     open(errors, "w").close()
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if size > 1 else {}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if size > 1 else None
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+              "TORCHELASTIC_RESTART_COUNT": "0"} if size > 1 else {}
     for rank in range(size):
         number = os.fork()
         if number == 0:
             os.setpgid(0, ids[0] if ids else 0)
             child(job, {**shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {})}, errors)
         ids.append(number)
-    return ids, errors
+    return ids, errors, store
 
 
 def run(job):
-    ids, errors = start(job)
+    ids, errors, _store = start(job)
     if job.get("kill") is not None:
         time.sleep(job["kill"])
         for number in ids:

@@ -14,12 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanorlhf import checkpoint, gpt2, heads, llama, reward, runs, tokenizer
-from nanorlhf.batching import deal, pack_rows, plans
-from nanorlhf.losses import sft_loss
+from nanorlhf import checkpoint, dist, gpt2, heads, llama, reward, runs, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a king queen saw the wood house and old river bear went".split()
+
+
+FUNCTIONS = """import os
+
+def wood(prompts, responses):
+    return [text.count('o') - 0.1 * len(text) for text in responses]
+
+def last_one_raises(prompts, responses):
+    if os.environ["RANK"] == "1" and len(responses) > 1:
+        raise ValueError("no opinion")
+    return wood(prompts, responses)
+
+def last_one_says_nan(prompts, responses):
+    return [float("nan") if os.environ["RANK"] == "1" and len(responses) > 1 else 1.0 for text in responses]
+"""
 
 
 class Jobs:
@@ -60,7 +73,7 @@ def tiny_world(folder):
         lines.append({"prompt": say(3, 28), "responses": responses})
         texts += [lines[-1]["prompt"]] + [r["text"] for r in responses]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "reward.py").write_text("def wood(prompts, responses):\n    return [text.count('o') - 0.1 * len(text) for text in responses]\n")
+    (folder / "reward.py").write_text(FUNCTIONS)
     torch.manual_seed(0)
     policy_tok, reward_tok = tokenizer.train_bpe(texts, 300), tokenizer.train_sentencepiece(texts, 300)
     policy = heads.Policy(gpt2.GPT2(gpt2.GPT2Config(vocab_size=policy_tok.vocab_size, n_positions=96, n_embd=32, n_layer=2, n_head=2)))
@@ -117,6 +130,10 @@ def difference(one, other):
 
 def rows_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(out):
+    return [row for row in rows_of(out) if "lr" in row]
 
 
 def reference(jobs, world, name, folder, **more):
@@ -186,3 +203,123 @@ def test_a_fault_shows(fault, name, jobs, world, folder):
     assert found > 1e-5 or not same_rows(whole, other)
     if fault == "mean_of_means":
         assert found > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------- stop and go on
+
+def state_bytes(out):
+    return runs.states(out)[0].read_bytes()
+
+
+@pytest.mark.parametrize("name, processes", [("sft", 2), ("ppo", 2), ("ranking", 3)])
+def test_going_on_is_bit_for_bit(name, processes, jobs, world, folder):
+    """Three steps and then four more are seven, on the same number of processes."""
+    script, flags = flags_of(world, name, folder / f"seven-{name}", steps=7, groups=4)
+    whole = jobs.well(script, flags, processes=processes)
+    part = {**flags, "out": folder / f"parts-{name}"}
+    jobs.well(script, {**part, "steps": 3}, processes=processes)
+    jobs.well(script, part, processes=processes)
+    assert state_bytes(whole) == state_bytes(part["out"]) and same_rows(steps_of(whole), steps_of(part["out"]), 0)
+    assert (whole / "model" / "model.safetensors").read_bytes() == (part["out"] / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_going_on_with_another_number_of_processes(before, after, jobs, world, folder):
+    script, flags = flags_of(world, "sft", folder / f"from-{before}", steps=6)
+    whole = jobs.well(script, {**flags, "out": folder / f"whole-{before}"}, processes=1)
+    jobs.well(script, {**flags, "steps": 3}, processes=before)
+    jobs.well(script, flags, processes=after)
+    assert difference(whole, flags["out"])[0] <= 1e-3 and same_rows(steps_of(whole), steps_of(flags["out"]), 1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------------ mistakes
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such file"), (dict(device="cuda:1"), "torchrun gives each process its own GPU"),
+    (dict(nonsense=1), "--nonsense"), (dict(init="nowhere"), "nowhere: no such folder"), (dict(out="/proc/run"), "--out /proc/run: cannot be written")])
+def test_a_mistake_is_said_once(changes, says, jobs, world, folder):
+    script, flags = flags_of(world, "sft", folder / "mistake")
+    answer = jobs(script, {**flags, **changes}, processes=2)
+    assert answer["codes"] == [2, 2] and answer["stderr"].count("\n") == 1 and says in answer["stderr"], answer
+    assert not (folder / "mistake").exists()
+
+
+@pytest.mark.parametrize("function, says", [("last_one_raises", "raised ValueError: no opinion"), ("last_one_says_nan", "returned nan for the response")])
+def test_one_process_ends_and_the_others_with_it(function, says, jobs, world, folder):
+    """A user's function fails at the second process alone, in the middle of a rollout: the first is left waiting for its numbers."""
+    script, flags = flags_of(world, "ppo", folder / function)
+    answer = jobs(script, {**flags, "reward": f"{world / 'reward.py'}:{function}"}, processes=2)
+    assert answer["codes"] == [2, 2] and answer["stderr"].count("\n") == 1 and says in answer["stderr"], answer
+
+
+# ---------------------------------------------------------------------------------------------------------- not finite
+
+def test_a_step_that_is_not_finite_is_not_taken(jobs, world, folder):
+    """The fault: NaN at the last process in its micro-batches 2, 3 and 5 to 9. One process, one micro-batch a step: steps 1 and 2 are left out, 3 is
+    taken, and the run ends after the third of 4, 5, 6."""
+    script, flags = flags_of(world, "sft", folder / "nan", steps=10)
+    answer = jobs(script, flags, fault="nan_loss")
+    assert answer["codes"] == [2] and answer["stderr"].count("\n") == 1, answer
+    assert "3 steps in a row are not finite" in answer["stderr"] and "step 4: not finite, first the loss of rows [" in answer["stderr"]
+    assert "micro-batch 0 of process 0" in answer["stderr"] and "nonfinite-000004.safetensors" in answer["stderr"]
+    rows = rows_of(flags["out"])
+    assert [row["skipped"] for row in rows if "skipped" in row] == [0, 1, 2, 2, 3, 4] and rows[2]["loss"] is None and rows[4]["loss"] > 0
+    assert sorted(path.name for path in flags["out"].glob("nonfinite-*")) == ["nonfinite-000001.safetensors", "nonfinite-000004.safetensors"]
+    model = heads.Policy(checkpoint.load_trunk(world / "policy")[0])
+    found, _, about = runs.reproduce(flags["out"] / "nonfinite-000001.safetensors", model)
+    assert len(found) == 8 and about["step"] == 1 and about["flags"]["groups"] == 8 and all(row.responses for row in found)
+
+
+def test_all_processes_leave_a_step_out_together(jobs, world, folder):
+    """NaN at the second process alone: both leave the step out, and their weights stay the same."""
+    script, flags = flags_of(world, "sft", folder / "nan-two", steps=4)
+    jobs.well(script, flags, fault="nan_loss", processes=2)
+    rows = [row for row in rows_of(flags["out"]) if "skipped" in row]
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 2] and [row["grad_norm"] is None for row in rows] == [False, True, True, False]
+    again = jobs.well(script, {**flags, "steps": 1, "out": folder / "nan-one"}, processes=2)
+    wrong = {**flags, "steps": 3, "out": folder / "nan-three"}
+    jobs.well(script, wrong, fault="nan_loss", processes=2)
+    assert difference(again, wrong["out"])[0] == 0                       # steps 1 and 2 changed nothing
+    with torch.no_grad():
+        assert runs.states(wrong["out"]) and torch.isfinite(torch.cat([x.flatten() for x in load_file(runs.states(wrong["out"])[0]).values()])).all()
+
+
+# ------------------------------------------------------------------------------------------------ sampling and evaluation
+
+def test_sampling_is_shared(jobs, world, folder):
+    written = []
+    for processes in (1, 2, 3):
+        out = folder / f"samples-{processes}.jsonl"
+        jobs.well("sample", dict(policy=world / "policy", data=world / "data.jsonl", k=3, max_new=6, out=out, judge=world / "reward", keep="true", device="cpu"), processes=processes)
+        written.append([json.loads(line) for line in out.read_text().splitlines()])
+    scores = [[r.pop("scores") for line in lines for r in line["responses"]] for lines in written]
+    assert written[0] == written[1] == written[2] and len(written[0]) == 27            # of 30 prompts every tenth is held out
+    assert all(a == pytest.approx(b, abs=1e-5) and a == pytest.approx(c, abs=1e-5) for a, b, c in zip(*scores))
+
+
+# --------------------------------------------------------------------------------------------------------- dist by itself
+
+def test_one_process_is_world_size_one_of_the_same_path():
+    x = torch.arange(3.0)
+    dist.add(x)
+    dist.share([x])
+    assert dist.world() == 1 and dist.rank() == 0 and x.tolist() == [0, 1, 2]
+    assert dist.everyone({"a": [1, 2.5, None, "\ud800"], "b": float("inf")}) == [{"a": [1, 2.5, None, "\ud800"], "b": float("inf")}]
+    assert dist.first(lambda: 0.1 + 0.2) == 0.1 + 0.2
+    with pytest.raises(OSError, match="full"):
+        dist.first(lambda: (_ for _ in ()).throw(OSError(28, "full")))
+
+
+def torchrun(script, flags, processes=2, *options):
+    """A real torchrun, beside this Python."""
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    return [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}", *options, *script, *words]
+
+
+def test_torchrun(jobs, world, folder):
+    """The launcher that users have: the same as forked processes, and one progress line a step."""
+    script, flags = flags_of(world, "sft", folder / "torchrun", steps=3)
+    done = subprocess.run(torchrun([str(ROOT / f"{script}.py")], flags), capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("\nstep ") == 3, done
+    forked = jobs.well(script, {**flags, "out": folder / "forked"}, processes=2)
+    assert difference(forked, flags["out"])[0] == 0
