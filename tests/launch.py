@@ -2,9 +2,11 @@
 
     python tests/launch.py < jobs          a JSON object a line: {"script", "flags", "processes", "fault", "kill"}  ->  a JSON line for each
 
-fault: a name of FAULTS below, put into every process of the run.  kill: seconds after which all of its processes are killed.
-The answer: exit codes (negative: the signal), and what was written to stderr. Nothing here computes, so that forking is safe.
+fault: a name of FAULTS below, put into every process of the run.  kill: seconds after which all of its processes are killed, or see `strike`.
+call: each process is killed at this call of its, see `killed_at`.
+The answer: exit codes (negative: the signal), what was written to stderr, and the seconds. Nothing here computes, so that forking is safe.
 """
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -21,11 +24,12 @@ import torch                                     # noqa: E402
 import train_ppo                                 # noqa: E402
 import train_rm                                  # noqa: E402
 import train_sft                                 # noqa: E402
-from nanorlhf import batching, config, dist, losses, ppo, sample       # noqa: E402
+from nanorlhf import batching, config, dist, files, losses, ppo, sample       # noqa: E402
 from nanorlhf.study import evaluate              # noqa: E402
 from nanorlhf.study import __main__ as study     # noqa: E402
 
 SCRIPTS = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo, "sample": sample, "evaluate": evaluate, "study": study}
+LEFT = 60                                        # seconds; a run that is left waiting for longer waits for ever
 
 
 # ------------------------------------------------------------------------------------------- faults, as others have them
@@ -87,14 +91,18 @@ def same_shard():
 
 
 def nan_loss():
-    """The loss is NaN at the last process, in every micro-batch from the third call on."""
-    function, calls = losses.sft_loss, [0]
+    """The loss is NaN at the last process, in its calls of NAN_CALLS (those of the training: evaluation wants no gradient)."""
+    def poisoned(function):
+        calls = [0]
 
-    def wrong(*arguments):
-        calls[0] += torch.is_grad_enabled()
-        found = function(*arguments)
-        return found * float("nan") if torch.is_grad_enabled() and calls[0] in NAN_CALLS and dist.rank() == dist.world() - 1 else found
-    train_sft.sft_loss = wrong
+        def wrong(*arguments):
+            calls[0] += torch.is_grad_enabled()
+            found = function(*arguments)
+            if not torch.is_grad_enabled() or calls[0] not in NAN_CALLS or dist.rank() < dist.world() - 1:
+                return found
+            return (found[0] * float("nan"), found[1]) if isinstance(found, tuple) else found * float("nan")
+        return wrong
+    train_sft.sft_loss, losses.ranking_loss, ppo.policy_loss = map(poisoned, (train_sft.sft_loss, losses.ranking_loss, ppo.policy_loss))
 
 
 NAN_CALLS = {2, 3, 5, 6, 7, 8, 9}
@@ -103,13 +111,35 @@ FAULTS = {f.__name__: f for f in (mean_of_means, own_whitening, averaged, same_s
 
 # ------------------------------------------------------------------------------------------------------------------ runs
 
+def killed_at(call):
+    """SIGKILL instead of the process's n-th call that syncs, renames or removes a file."""
+    left = [call]
+
+    def counted(function):
+        def wrapped(*arguments, **named):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return function(*arguments, **named)
+        return wrapped
+    os.fsync, os.replace, os.unlink = map(counted, (os.fsync, os.replace, os.unlink))
+
+
 def child(job, environment, errors):
     """One process of a run, from after the imports to its end."""
     os.environ.update(environment)
     for number in (1, 2):
         os.dup2(os.open(errors if number == 2 else os.devnull, os.O_WRONLY | os.O_APPEND), number)
     torch.set_num_threads(1)
-    code = 1
+    code, setup = 1, dist.setup
+
+    def joined(*arguments):
+        device = setup(*arguments)
+        open(f"{errors}-{os.environ.get('RANK', 0)}", "w").close()
+        return device
+    dist.setup = joined
+    if "call" in job:
+        killed_at(job["call"])
     try:
         if job.get("fault"):
             FAULTS[job["fault"]]()
@@ -142,17 +172,66 @@ def start(job):
     return ids, errors, store
 
 
-def run(job):
-    ids, errors, _store = start(job)
-    if job.get("kill") is not None:
-        time.sleep(job["kill"])
-        for number in ids:
+def ended(number):
+    """Has this process ended? Its exit code is left for who asks."""
+    return os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def wait(seconds, ids, condition=lambda: False):
+    """Until the condition holds, all processes have ended, or the seconds are over."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not all(map(ended, ids)) and not condition():
+        time.sleep(0.0002)
+
+
+def halves(out, began):
+    """Temporary files that have been written since, in a run folder and in its model folder."""
+    found = []
+    for folder in (Path(out), Path(out) / "model"):
+        for path in files.halves(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found += [path] * (path.stat().st_mtime >= began)
+    return found
+
+
+def strike(job, ids, marks, began):
+    """SIGKILL, unless the run has ended by then.  kill: seconds, or {"after": seconds, "half": true, "then": seconds, "who": rank}
+
+    half: waits for a temporary file in the run's folder, then for `then` seconds;  who: that process alone, once all of them have joined; if the others have not
+    ended by themselves within LEFT seconds, they are killed.  -> {during: was a temporary file there?, left: seconds that the others took}
+    """
+    kill = job["kill"] if isinstance(job["kill"], dict) else {"after": job["kill"]}
+    out, who = job["flags"]["out"], kill.get("who")
+    if who is not None:
+        wait(LEFT, ids, lambda: all(map(os.path.exists, marks)))
+    wait(kill["after"], ids)
+    if kill.get("half"):
+        wait(LEFT, ids, lambda: halves(out, began))
+        wait(kill.get("then", 0), ids)
+    said = {"during": bool(halves(out, began))}
+    if not any(map(ended, ids)):
+        for number in ids if who is None else [ids[who]]:
             os.kill(number, signal.SIGKILL)
+    struck = time.monotonic()
+    wait(LEFT, ids)
+    said["left"] = time.monotonic() - struck
+    for number in ids:
+        if not ended(number):
+            os.kill(number, signal.SIGKILL)
+    return said
+
+
+def run(job):
+    began = time.time()
+    ids, errors, _store = start(job)
+    marks = [f"{errors}-{rank}" for rank in range(len(ids))]
+    said = strike(job, ids, marks, began) if job.get("kill") is not None else {}
     codes = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in ids]
     with open(errors, encoding="utf-8") as file:
-        said = file.read()
-    os.unlink(errors)
-    return {"codes": codes, "stderr": said}
+        said |= {"codes": codes, "stderr": file.read(), "seconds": time.time() - began}
+    for path in [errors, *filter(os.path.exists, marks)]:
+        os.unlink(path)
+    return said
 
 
 if __name__ == "__main__":

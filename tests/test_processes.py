@@ -5,9 +5,13 @@
 Processes talk by gloo on a CPU. Models have two layers of width 32; prompts have 3 to 28 words, groups 1 to 5 responses.
 """
 import json
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -284,6 +288,48 @@ def test_all_processes_leave_a_step_out_together(jobs, world, folder):
         assert runs.states(wrong["out"]) and torch.isfinite(torch.cat([x.flatten() for x in load_file(runs.states(wrong["out"])[0]).values()])).all()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ppo_leaves_minibatches_out(processes, jobs, world, folder):
+    """Four minibatches a step: of the first step two are left out; the next step's first three end the run, nothing of them is learnt."""
+    script, flags = flags_of(world, "ppo", folder / f"nan-ppo-{processes}", steps=5, save_every=1)
+    answer = jobs(script, flags, fault="nan_loss", processes=processes)
+    assert answer["codes"] == [2] * processes and answer["stderr"].count("\n") == 1 and "3 steps in a row are not finite" in answer["stderr"], answer
+    first, = steps_of(flags["out"])
+    assert first["skipped"] == 2 and first["updates"] == 2 and first["policy_loss"] is not None
+    path, other = sorted(flags["out"].glob("nonfinite-*"))               # where each row of them began: rollout 0 and rollout 1
+    assert (path.name, other.name) == ("nonfinite-000000.safetensors", "nonfinite-000001.safetensors")
+    rows, tensors, about = runs.reproduce(path, heads.Policy(checkpoint.load_trunk(world / "policy")[0], value_head=True))
+    assert len(rows) == 4 and tensors["advantages"].shape[:2] == (4, 3) and about["script"] == "train_ppo"
+    assert [path.name for path in runs.states(flags["out"])] == ["state-000001.safetensors"]
+
+
+def test_a_reward_model_leaves_a_step_out(jobs, world, folder):
+    script, flags = flags_of(world, "ranking", folder / "nan-ranking", steps=4)
+    jobs.well(script, flags, fault="nan_loss", processes=2)
+    assert [row["skipped"] for row in steps_of(flags["out"])] == [0, 1, 2, 2]
+
+
+def test_stop_is_asked_once_by_torchrun_and_twice_by_a_person(monkeypatch):
+    """torchrun passes on what the terminal has sent already: two signals within a second are one. SIGTERM never hurries."""
+    kept = {name: signal.getsignal(name) for name in dist.CODES}
+    now = [100.0]
+    monkeypatch.setattr(dist.time, "monotonic", lambda: now[0])
+    try:
+        stop = dist.Stop()
+        assert stop.asked == 0
+        for at, name in ((100.0, signal.SIGTERM), (105.0, signal.SIGTERM), (110.0, signal.SIGTERM), (110.9, signal.SIGINT)):
+            now[0] = at
+            signal.raise_signal(name)
+        assert stop.asked == signal.SIGINT
+        now[0] = 112.0
+        with pytest.raises(dist.Stopped) as left:
+            signal.raise_signal(signal.SIGINT)
+        assert left.value.code == 130 and dist.Stopped(signal.SIGTERM).code == 75
+    finally:
+        for name, handler in kept.items():
+            signal.signal(name, handler)
+
+
 # ------------------------------------------------------------------------------------------------ sampling and evaluation
 
 def test_sampling_is_shared(jobs, world, folder):
@@ -323,3 +369,29 @@ def test_torchrun(jobs, world, folder):
     assert done.returncode == 0 and done.stdout.count("\nstep ") == 3, done
     forked = jobs.well(script, {**flags, "out": folder / "forked"}, processes=2)
     assert difference(forked, flags["out"])[0] == 0
+
+
+@pytest.mark.slow
+def test_the_job_file(world, folder, tmp_path):
+    """README's job file under bash, with an srun that starts its command and an scontrol that takes notes; the queue's SIGTERM comes after a few steps."""
+    text = re.search(r"```sbatch\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    script, flags = flags_of(world, "ppo", folder / "queued", steps=400, save_every=1000)
+    job, ours = re.subn(r"train_ppo\.py --data .*? &\n", f"{ROOT / script}.py {' '.join(f'--{key} {value}' for key, value in flags.items())} &\n", text)
+    job = job.replace("--nproc_per_node=8", "--nproc_per_node=2").replace("29500", "29517")
+    assert ours == 1 and "--nproc_per_node=2" in job
+    for name, body in (("srun", 'exec "$@"'), ("scontrol", f'[ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path / "said"}')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    started = subprocess.Popen(["bash", "-c", job], cwd=ROOT, env={**os.environ, "PATH": path, "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_JOB_ID": "77"},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (flags["out"] / "metrics.jsonl").exists() or len(steps_of(flags["out"])) < 3:
+        assert started.poll() is None and time.time() < deadline, started.communicate()
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    out, errors = started.communicate(timeout=120)
+    assert "stopped; the same command goes on from the last save" in errors, errors
+    assert (tmp_path / "said").read_text() == "requeue 77\n"
+    done = len(steps_of(flags["out"]))
+    assert 3 <= done < 400 and [path.name for path in runs.states(flags["out"])] == [f"state-{done:06}.safetensors"]
