@@ -72,6 +72,7 @@ def a_layer(family, config, dtype, columns, recompute):
             with counted(model) as sizes, dist.autocast(model, dtype):
                 model(batch)
             found[layers, rows] = sum(sizes)
+        del model                                # before the next one is made
     once = {layers: 2 * found[layers, 1] - found[layers, 2] for layers in (2, 3)}      # whatever the length: the weights' copies in bfloat16
     two, three = (once[layers] + columns / 512 * (found[layers, 2] - found[layers, 1]) for layers in (2, 3))
     return two, three - two

@@ -53,8 +53,8 @@ def setup(device, seed):
         raise OSError(errno.ENODEV, f"not usable here ({str(error).splitlines()[0]})", f"--device {device}") from None
     if device.type == "cpu":
         _keep_memory()
-    else:
-        torch.cuda.set_device(device)
+    elif device.index is not None:
+        torch.cuda.set_device(device)            # NCCL and new tensors go where the model is
     torch.manual_seed(seed)
     # Gradients of gathered columns are scatter-adds; without this their order, so the last bit, depends on the threads.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

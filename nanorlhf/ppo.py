@@ -47,7 +47,7 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """
     assert scores.shape == mask.shape[:-1] and logprobs.shape == ref_logprobs.shape == mask.shape, (scores.shape, mask.shape)
     rewards = -kl_coef * _inside(kl_k1(logprobs, ref_logprobs), mask)
-    return rewards + _inside(scores.unsqueeze(-1).expand(mask.shape), last_token(mask))
+    return rewards + _inside(scores.unsqueeze(-1), last_token(mask))
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -70,7 +70,7 @@ def gae(rewards, values, mask, gamma, lam):
 def moments(x, mask):
     """(count, sum, sum of squares) over the true entries, float64: three numbers that processes add up.  -> (3,)"""
     inside = _inside(x, mask).double()
-    return torch.stack([mask.sum().double(), inside.sum(), (inside * inside).sum()])
+    return torch.stack([mask.sum(), inside.sum(), (inside * inside).sum()])
 
 
 _moments = moments   # whiten has an argument of that name
@@ -101,7 +101,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip, count=None):
     log_ratio = kl_k1(_inside(logprobs, mask), _inside(old_logprobs, mask))
     ratio = torch.exp(torch.where(advantages < 0, log_ratio, log_ratio.clamp(max=80)))
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    return -masked_mean(torch.minimum(free, clipped), mask, count), masked_mean((clipped < free).float(), mask, count)
+    return -masked_mean(torch.minimum(free, clipped), mask, count), masked_mean(clipped < free, mask, count)
 
 
 def value_loss(values, old_values, returns, mask, clip, count=None):
@@ -113,7 +113,7 @@ def value_loss(values, old_values, returns, mask, clip, count=None):
     values, old_values, returns = _inside(values, mask), _inside(old_values, mask), _inside(returns, mask)
     near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     free, clipped = (values - returns) ** 2, (near - returns) ** 2
-    return masked_mean(0.5 * torch.maximum(free, clipped), mask, count), masked_mean((clipped > free).float(), mask, count)
+    return masked_mean(0.5 * torch.maximum(free, clipped), mask, count), masked_mean(clipped > free, mask, count)
 
 
 def entropy(logits):

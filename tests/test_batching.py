@@ -1,4 +1,5 @@
 """One row is K rows: packing, planning, and that no number depends on what shares a batch."""
+import contextlib
 import dataclasses
 import random
 from collections import Counter
@@ -9,7 +10,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from nanorlhf import batching, data, losses, ppo
-from nanorlhf.batching import Row, ahead, context_limit, encode_all, micro_batches, order, pack, pack_rows, take
+from nanorlhf.batching import Row, ahead, context_limit, deal, encode_all, micro_batches, order, pack, pack_rows, plans, take
 from nanorlhf.config import InputError
 from nanorlhf.data import Group, Response
 from nanorlhf.gpt2 import GPT2, GPT2Config
@@ -287,16 +288,17 @@ def test_who_sees_whom():
 
 
 def test_empty_response_reads_the_prompt():
-    # response 2 has no token: it ends where the prompt does (column 1), not at its neighbour's last token (column 3)
-    batch = pack_rows([Row([1, 2], [[3, 4], [], [5]])])
-    assert batch.last.tolist() == [[3, 1, 4]] and batch.valid.all() and not batch.mask[0, 1].any()
+    # response 2 has no token: it ends where the prompt does (column 2), not at its neighbour's last token (column 4)
+    batch = pack_rows([Row([1, 2, 0], [[3, 4], [], [5]])])
+    assert batch.last.tolist() == [[4, 2, 5]] and batch.valid.all() and not batch.mask[0, 1].any()
     scorer = scorer_of("gpt2", torch.float64)
-    assert relative(scorer(batch)[0, 1], scorer(pack_rows([Row([1, 2], [[]])]))[0, 0]) < 1e-10
+    assert relative(scorer(batch)[0, 1], scorer(pack_rows([Row([1, 2, 0], [[]])]))[0, 0]) < 1e-10
 
 
 def test_no_response_at_all():
     batch = pack_rows([Row([1, 2, 3], [])])
-    assert batch.mask.shape == (1, 1, 1) and not batch.mask.any() and not batch.valid.any()
+    assert batch.mask.shape == batch.targets.shape == (1, 1, 1) and not batch.mask.any() and not batch.valid.any() and not batch.target_mask.any()
+    assert pack_rows([Row([1, 2, 3], []), Row([1, 2, 3, 4], [])]).branch.tolist() == [[0, 0, 0, -1], [0, 0, 0, 0]]
     out = policy_of("llama", torch.float32)(batch, entropy=ppo.entropy)
     assert losses.sft_loss(out.logprobs, batch.mask).item() == 0.0
 
@@ -310,6 +312,31 @@ def test_micro_batches_by_hand():
     assert micro_batches([3, 9, 5, 1, 5, 4, 2, 3], 16, padded=True) == [[1], [2, 4, 5], [0, 7, 6, 3]]
     assert micro_batches([8, 8], 16) == [[0, 1]] and micro_batches([8, 8], 15) == [[0], [1]]      # the bound itself is allowed
     assert micro_batches([], 16) == []
+
+
+def test_deal_by_hand():
+    # the longest first, each to whoever has least: loads 5 0, 5 3, 5 6, 7 6, 7 8, 8 8
+    assert deal([5, 3, 3, 2, 2, 1], 2) == [[0, 3, 5], [1, 2, 4]]
+    assert deal([1, 9], 3) == [[1], [0], []] and deal([], 2) == [[], []]              # a process may have none
+    assert deal([2, 2, 2, 2], 2) == [[0, 2], [1, 3]]                                  # equal rows in turn
+    assert deal([4, 7, 1], 1) == [[0, 1, 2]]
+
+
+def test_deal_at_random():
+    """Every row once, and no two processes further apart than the longest row."""
+    draw = random.Random(0)
+    for n, processes in [(n, processes) for n in (1, 7, 40) for processes in (1, 2, 3, 8)]:
+        columns = [draw.randint(1, 300) for _ in range(n)]
+        shares = deal(columns, processes)
+        loads = [sum(columns[i] for i in share) for share in shares]
+        assert sorted(sum(shares, [])) == list(range(n)) and len(shares) == processes and max(loads) - min(loads) <= max(columns)
+
+
+def test_plans_are_micro_batches_of_each_share():
+    columns = [5, 3, 3, 2, 2, 1]
+    assert plans(columns, 6, 1) == [micro_batches(columns, 6)] == [[[0], [1, 2], [3, 4, 5]]]
+    assert plans(columns, 6, 2) == [[[0], [3, 5]], [[1, 2], [4]]]                     # indices of the step, not of the share
+    assert plans([4], 6, 2) == [[[0]], []]
 
 
 def test_micro_batches_at_random():
@@ -341,6 +368,8 @@ def test_take_every_item_once_an_epoch(n, groups):
 def test_order_is_pinned():
     """A resumed run of an older version must meet the same items: Philox is specified, so these numbers stay."""
     assert order(8, 0, 0).tolist() == [2, 0, 4, 1, 7, 5, 3, 6] and order(8, 0, 1).tolist() == [0, 7, 6, 4, 1, 3, 2, 5]
+    # step 3 of 4 items is items 12 to 15, the second half of epoch 1; integers that json knows
+    assert take(8, 4, 3, seed=0) == [1, 3, 2, 5] and {type(i) for i in take(8, 4, 3, seed=0)} == {int}
     counts_of_first = Counter(int(order(5, seed, 0)[0]) for seed in range(2000))
     # each of 5 comes first 400 times, deviation sqrt(2000 * .2 * .8) = 17.9; five of them are 90
     assert all(abs(counts_of_first[i] - 400) < 90 for i in range(5))
@@ -374,7 +403,12 @@ def test_encode_eos_only_where_it_ended():
     panel = Group("ab", [Response("x", scores=[0.5, 0.1]), Response("y", scores=[0.9])])
     assert batching.encode(panel, Letters()).targets == [[-1.0], [1.0]]               # comparisons won and lost
     assert batching.encode(panel, Letters(), target="scores").targets == [[0.5, 0.1], [0.9]]
-    assert batching.encode(panel, Letters(), labels="label").place == []              # no such judgement
+    none = Row([1, 97, 98], [[120, 2], [121, 2]])
+    assert batching.encode(panel, Letters(), labels="label") == none and none.place == [] and none.index == 0      # no such judgement
+    half = Group("ab", [Response("x", place=0), Response("y", place=1, scores=[0.5])])
+    assert batching.encode(half, Letters(), target="scores").targets == [[], [0.5]]
+    # what to read from the labels passes through pack
+    assert torch.equal(pack([panel], Letters(), target="scores").targets, torch.tensor([[[0.5, 0.1], [0.9, 0.0]]]))
 
 
 def test_encode_all_cuts_dialogues_from_the_left_and_drops_passages():
@@ -385,15 +419,18 @@ def test_encode_all_cuts_dialogues_from_the_left_and_drops_passages():
               Group("abcd", responses()),                               # BOS + 4 = 5: fits exactly
               Group("abcd", [Response("123456789")], cut=True),         # 9 + EOS = 10: fills the context, dropped
               Group("abcd", [Response("12345678")], cut=True),          # 8 + EOS = 9: one position, too few for BOS and a letter
-              Group("abcdefgh", [], cut=True)]                          # no responses: 9 <= 10
+              Group("abcdefgh", [], cut=True),                          # no responses: 9 <= 10
+              Group("abcdefghi", []), Group("abcdefghij", [])]          # 10 fits, 11 is dropped
     rows, reasons = encode_all(groups, Letters(), 10)
-    assert [row.index for row in rows] == [0, 2, 4, 5]                  # the place in the data, whatever was dropped
+    assert [row.index for row in rows] == [0, 2, 4, 5, 6]               # the place in the data, whatever was dropped
     assert rows[0].prompt == [1, *ids("efgh")] and rows[0].responses == [[*ids("wxyz"), 2], [*ids("v"), 2]]
     assert rows[1].prompt == [1, *ids("abcd")] and rows[2].prompt == ids("d") and len(rows[3].prompt) == 9
-    assert reasons == {"prompt cut from the left (kept)": 2, "prompt and response over 10 tokens (--max_length)": 1,
+    assert reasons == {"prompt cut from the left (kept)": 2, "prompt and response over 10 tokens (--max_length)": 2,
                        "response of 10 tokens (--max_length) or more": 1}
     assert len(rows) + sum(n for reason, n in reasons.items() if "kept" not in reason) == len(groups)
     assert encode_all(groups[:1], Letters(None), 10)[0][0].prompt == ids("defgh")       # no BOS to keep: five letters
+    # room for 2 new tokens leaves 8 for a prompt: BOS and its last seven letters;  a passage of 10 is dropped
+    assert [row.prompt for row in encode_all(groups[5:7], Letters(), 10, new=2)[0]] == [[1, *ids("bcdefgh")]]
 
 
 def test_encode_all_at_random():
@@ -425,6 +462,8 @@ def test_pack_refuses_with_one_line():
         with pytest.raises(InputError, match=words) as error:
             pack(groups, Letters(), context)
         assert "\n" not in str(error.value)
+    # both reasons, at 4: xyz + EOS fills the context, BOS + 2 + 1 + EOS makes 5
+    assert str(error.value) == "1 of 2 groups: response of 4 tokens (--max_length) or more; 1 of 2 groups: prompt and response over 4 tokens (--max_length)"
     for length, context, found in ((0, 64, 64), (32, 64, 32), (64, 64, 64)):
         assert context_limit(length, context) == found
     with pytest.raises(InputError, match="--max_length 65: the model's context is 64"):
@@ -441,6 +480,54 @@ def test_ahead_yields_the_plan():
         assert all(torch.equal(getattr(batch, f.name), getattr(expected, f.name)) for f in dataclasses.fields(batch))
         assert sum(rows[i].columns for i in part) <= 40 or len(part) == 1
     assert list(ahead(rows, [], torch.device("cpu"))) == []
+    assert all(batch.tokens.is_meta for batch in ahead(rows, plan, torch.device("meta")))          # on the device that was asked for
+
+
+def test_ahead_copies_the_next_batch_before_this_one_is_used(monkeypatch):
+    """On CUDA, by the order in which copies and waits are asked for; streams and copies are stand-ins, so no GPU is needed."""
+    log, device, rows = [], torch.device("cuda", 0), random_rows([2, 1, 3])
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def record_event(self):
+            log.append(f"{self.name}: copied")
+            return f"event {log.count(f'{self.name}: copied')}"
+
+        def wait_event(self, event):
+            log.append(f"{self.name}: waits for {event}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        log.append(f"on {stream.name}")
+        yield
+        log.append("off")
+
+    def note(name):
+        def method(x, *arguments, **how):
+            log.append((name, *(a.name if isinstance(a, Stream) else str(a) for a in arguments), *how.items()))
+            return x
+        return method
+
+    expected = [pack_rows([row]) for row in rows]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", {device: Stream("copying")}.get)
+        patch.setattr(torch.cuda, "current_stream", {device: Stream("computing")}.get)
+        patch.setattr(torch.cuda, "stream", on)
+        for name in ("pin_memory", "to", "record_stream"):
+            patch.setattr(torch.Tensor, name, note(name), raising=False)
+        found = []
+        for batch in ahead(rows, [[0], [1], [2]], device):
+            log.append("used")
+            found.append(batch)
+        assert list(ahead(rows, [], device)) == []
+    # twelve tensors a batch: pinned, then copied without waiting, while `copying` is the stream; a batch is used once its copy is waited for
+    copy = ["on copying"] + [("pin_memory",)] * 12 + [("to", "cuda:0", ("non_blocking", True))] * 12 + ["copying: copied", "off"]
+    use = lambda n: [f"computing: waits for event {n}"] + [("record_stream", "computing")] * 12 + ["used"]
+    assert log == copy + copy + use(1) + copy + use(2) + use(3)
+    for batch, part in zip(found, expected, strict=True):
+        assert all(torch.equal(getattr(batch, f.name), getattr(part, f.name)) for f in dataclasses.fields(part))
 
 
 def test_apart_is_every_pair_once():

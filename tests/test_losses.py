@@ -296,13 +296,13 @@ BOOL = torch.ones(1, 4, dtype=torch.bool)
 @pytest.mark.parametrize("f, arguments", [
     (sft_loss, (BOOL.float(), BOOL)), (ranking_loss, (BOOL.float(), BOOL.float(), BOOL)), (classification_loss, (BOOL.float(), BOOL.float(), BOOL))])
 def test_shapes_that_would_broadcast_are_refused(f, arguments):
-    # one group beside three: each in turn has more or fewer than the others
-    three = [x.expand(3, 4) for x in arguments]
-    assert f(*arguments).shape == f(*three).shape == ()
-    for i in range(len(arguments)):
-        for usual, other in ((arguments, three), (three, arguments)):
+    # one group beside three: the first i arguments have more, or fewer, than the others
+    one, three = arguments, [x.expand(3, 4) for x in arguments]
+    assert f(*one).shape == f(*three).shape == ()
+    for i in range(1, len(one)):
+        for first, rest in ((one, three), (three, one)):
             with pytest.raises(AssertionError):
-                f(*usual[:i], other[i], *usual[i + 1:])
+                f(*first[:i], *rest[i:])
 
 
 @pytest.mark.parametrize("quantiles, targets, levels", [((1, 2), (3, 5), 2), ((3, 2), (1, 5), 2), ((3, 2), (3, 5), 1), ((3, 1), (3, 5), 2)])
