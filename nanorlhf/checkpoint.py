@@ -122,7 +122,7 @@ def _weight_files(folder):
     if not isinstance(names, dict) or not names:
         raise InputError(f"{index}: weight_map {names!r:.40} does not say which tensor is in which file")
     for name in names.values():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors") or not name.isprintable():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors") or not name.isprintable() or len(name) > 255:
             raise InputError(f"{index}: {name!r:.80} is not the name of a safetensors file in this folder")
         home, real = os.path.realpath(folder), os.path.realpath(folder / name)
         if os.path.dirname(real) not in (home, os.path.realpath(f"{home}/../../blobs")):       # the hub's cache: snapshots/REVISION links to blobs
@@ -137,7 +137,7 @@ def _tensors(path):
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({str(error)[:100]})") from None
+        raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())[:100]})") from None
 
 
 def _headers(folder):

@@ -21,7 +21,7 @@ class InputError(ValueError):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(" ".join(f"{message} (--help lists the flags)".splitlines()))     # a word with a line break in it
+        raise InputError(" ".join(f"{message[:300]} (--help lists the flags)".splitlines()))     # a word with a line break in it
 
 
 def _comments(cls):

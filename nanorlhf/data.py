@@ -64,7 +64,7 @@ def _text(path):
 def _objects(path):
     """(line number, object) of every line of a JSONL file that is not blank."""
     found = 0
-    for number, line in enumerate(io.BytesIO(read_bytes(path).removeprefix(codecs.BOM_UTF8)), 1):       # one by one: a list of a billion empty ones is 8 GB
+    for number, line in enumerate(io.BytesIO(read_bytes(path).removeprefix(codecs.BOM_UTF8)), 1):    # a list of all would take 8 bytes an empty line
         if line.strip():
             found += 1
             yield number, parse_json(line.strip(), f"{path}:{number}")
@@ -155,7 +155,7 @@ def _csv(path, *columns):
             raise InputError(f"{path}:1: {'two columns' if wrong[0] in names else 'no column'} {wrong[0]!r} (found {str(names or 'nothing')[:80]})")
         for row in reader:
             if None in row:                      # where a comma in a text is not quoted, the columns after it are others
-                raise InputError(f"{path}:{reader.line_num}: {len(names) + len(row[None])} fields under {len(names)} columns; quote a text that has a comma")
+                raise InputError(f"{path}:{reader.line_num}: {len(names) + len(row[None])} fields, {len(names)} columns; quote a text that has a comma")
             yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num + 1}: not CSV ({error}) in the record that begins here") from None
@@ -184,7 +184,7 @@ def read_fairytaleqa(folder, split):
             else:
                 length += 0 if tuple(names) in passages else sum(len(sections[name][0]) for name in names)
                 if length > LARGEST_FILE:
-                    raise InputError(f"{path}:{number}: its passages have more than {LARGEST_FILE:,} letters, the same sections again and again; split the file")
+                    raise InputError(f"{path}:{number}: its passages have more than {LARGEST_FILE:,} letters, naming sections again and again")
                 group = passages.setdefault(tuple(names), {})
                 text = " " + " ".join(row["question"].split())
                 dropped["question asked twice of one passage"] += text in group

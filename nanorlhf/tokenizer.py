@@ -102,7 +102,7 @@ class ByteLevelBPE(Saved):
         self._whole = plain if whole else {}
         self._holes = {b for c, b in BYTE_OF.items() if c not in plain}        # SmolLM2's 21: no token, so they vanish from a text
         if sum(len(token) ** 2 for token in plain) > MOST_MERGING:
-            raise ValueError(f"{where}: tokens too long to be merged one by one, the longest has {max(map(len, plain)):,} bytes; no published tokenizer is like it")
+            raise ValueError(f"{where}: tokens too long to be merged one by one, the longest has {max(map(len, plain)):,} bytes; download it again")
         ends = ((token, *bpe(token, self._ranks)) for token in plain)
         made = sorted((rank, token) for token, parts, rank in ends if parts == [token])
         self._id_of_rank = [plain[token] for _, token in made]

@@ -1,17 +1,15 @@
 """Readers: every row is used or counted as dropped, and whatever is wrong with a file is one line that names the place."""
 import csv
 import gzip
-import io
 import json
 import math
 import os
-import random
-import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from hostile import Letters, hh
 from nanorlhf import data
 from nanorlhf.batching import encode_all, pack_rows
 from nanorlhf.config import InputError
@@ -40,10 +38,6 @@ def refused(call, *words):
     assert len(message.splitlines()) == 1 and all(word in message for word in words), message
     assert len(message) < 500, message
     return message
-
-
-def hh(prompt, chosen, rejected):
-    return {"chosen": f"\n\nHuman: {prompt}\n\nAssistant:{chosen}", "rejected": f"\n\nHuman: {prompt}\n\nAssistant:{rejected}"}
 
 
 # ------------------------------------------------------------------------------------------------------ the real files
@@ -345,113 +339,6 @@ def test_bad_fairytale_folders(tmp_path):
     refused(lambda: load(tmp_path), "questions/val: no *-questions.csv here")
     nothing = fairytale(tmp_path / "b", STORY, "cor_section,question\n7,Who?\n")
     refused(lambda: load(nothing), "no group left", "question about a section that the story lacks")
-
-
-# ------------------------------------------------------------------------------------------------------ damage at random
-
-class Letters:
-    bos_id, eos_id = 1, 2
-    encode = staticmethod(lambda text: [ord(letter) for letter in text])
-    encode_prompt = staticmethod(lambda text: [1, *(ord(letter) for letter in text)])
-
-
-def odd_value(draw):
-    return draw.choice([None, True, False, 0, 1, 2, -1, 0.5, 1e38, 1e300, float("nan"), float("inf"), 10**400, "", " ", "a", "\ud800", "\n\nAssistant: x", [], [[]], {}, [1], ["a"],
-                        {"text": "a"}, [None], {"text": " b", "place": 0}, [{"text": "c", "scores": [1, 2]}], "x" * 3000])
-
-
-def replaced(value, draw):
-    """One value somewhere in a JSON object becomes another kind of thing; or a key goes, or comes."""
-    if isinstance(value, (dict, list)) and value and draw.random() < 0.8:
-        key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
-        kind = draw.random()
-        if isinstance(value, dict) and kind < 0.15:
-            return {k: v for k, v in value.items() if k != key}
-        if isinstance(value, dict) and kind < 0.25:
-            return {**value, draw.choice(["chosen", "cut", "ended", "prompt", "text", "label"]): odd_value(draw)}
-        changed = replaced(value[key], draw)
-        return {**value, key: changed} if isinstance(value, dict) else [*value[:key], changed, *value[key + 1 :]]
-    return odd_value(draw)
-
-
-def damaged(raw, draw):
-    at, n = draw.randrange(len(raw)), draw.randint(1, 12)
-    kind = draw.choice(["flip", "cut", "insert", "delete", "repeat", "swap"])
-    if kind == "flip":
-        raw = bytearray(raw)
-        for _ in range(draw.randint(1, 4)):
-            raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
-        return bytes(raw)
-    return {"cut": raw[:at], "insert": raw[:at] + draw.choice([draw.randbytes(n), b'"', b",", b"\n", b"\r", b"\0", b"{", b"]", b"\xff\xfe", b"[" * 3000]) + raw[at:],
-            "delete": raw[:at] + raw[at + n :], "repeat": raw[: at + n] + raw[at:], "swap": raw[at:] + raw[:at]}[kind]
-
-
-def strict_rows(raw):
-    return sum(bool(row) for row in csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)) - 1
-
-
-@pytest.fixture
-def alarm():
-    """Nothing here may hang: the whole test has 30 seconds."""
-    def late(*_):
-        raise TimeoutError("a damaged file hangs its reader")
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-def test_damaged_files_give_a_result_or_one_line(tmp_path, alarm):
-    """600 seeded accidents. Either InputError of one line, or groups whose rows add up and that go through judge, packing and writing."""
-    draw, outcomes = random.Random(0), Counter()
-    pairs = [hh(f"q{i}", f" yes {i}", f" no {i}") for i in range(4)]
-    groups_file, pairs_file = tmp_path / "g.jsonl", tmp_path / "h.jsonl.gz"
-    plain = {True: LINES[:2] + LINES[4:], False: pairs}
-    for case in range(600):
-        is_groups, kind = draw.random() < 0.5, draw.choice(["json", "bytes", "bytes", "csv"])
-        lines, raw = list(plain[is_groups]), {}
-        if kind == "json":
-            i = draw.randrange(len(lines))
-            lines[i] = replaced(lines[i], draw)
-        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        if kind == "bytes" and (is_groups or draw.random() < 0.7):
-            content = damaged(content, draw)
-        if kind == "csv":
-            raw = {"story": STORY.encode(), "questions": QUESTIONS.encode()}
-            which = draw.choice(list(raw))
-            raw[which] = damaged(raw[which], draw)
-            call, name = (lambda: data.read_fairytaleqa(fairytale(tmp_path / "f", raw["story"], raw["questions"]), "train")), "a-"
-        elif is_groups:
-            call, name = (lambda: read_groups(write(groups_file, content))), "g.jsonl"
-        else:
-            write(pairs_file, content)
-            if kind == "bytes" and draw.random() < 0.4:
-                pairs_file.write_bytes(damaged(pairs_file.read_bytes(), draw))
-                content = None                                                          # what gunzip makes of it is not known here
-            call, name = (lambda: read_groups(pairs_file)), "h.jsonl.gz"
-        try:
-            groups, dropped = call()
-        except InputError as error:
-            outcomes["refused", kind] += 1
-            assert len(str(error).splitlines()) == 1 and name in str(error), (case, str(error))
-            continue
-        outcomes["read", kind] += 1
-        used = sum(len(group.responses) for group in groups)
-        if kind == "csv":
-            assert used + sum(dropped.values()) == strict_rows(raw["questions"]), case
-        elif content is not None:
-            there = sum(bool(line.strip()) for line in content.decode("utf-8-sig").split("\n"))
-            assert len(groups) + sum(n for reason, n in dropped.items() if reason != "empty response") == there, case
-        for group in groups:
-            for labels in ("auto", "place", "label", "scores"):
-                judge(group.responses, labels)
-        rows, _ = encode_all(groups, Letters, 10_000, target="scores")
-        if rows:
-            batch = pack_rows(rows)
-            assert batch.targets.isfinite().all() and batch.place.isfinite().all(), case
-        assert [g.prompt for g in read_groups(write(tmp_path / "again.jsonl", write_groups(groups)))[0]] == [g.prompt for g in groups] if groups else True
-    assert all(outcomes[what, kind] >= 15 for what in ("refused", "read") for kind in ("json", "bytes", "csv")), outcomes
 
 
 # --------------------------------------------------------------------------------------------------- any loss on any labels

@@ -173,9 +173,9 @@ def opened(out, name, sizes):
     if not known or type(state["seconds"]) not in (int, float) or not 0 <= state["seconds"] < 1e12:
         raise InputError(f"{path}: damaged; name another --out")
     if state["scale"] != name:
-        raise InputError(f"--out {out}: holds a study of scale {state['scale']!s:.80}, not {name}; name another folder")
+        raise InputError(f"--out {out}: holds a study of scale {' '.join(str(state['scale']).split()):.80}, not {name}; name another folder")
     if state["sizes"] != sizes:
-        raise InputError(f"--out {out}: was started with other sizes of scale {name} ({state['sizes']!s:.200}); name another folder")
+        raise InputError(f"--out {out}: was started with other sizes of scale {name} ({state['sizes']!r:.200}); name another folder")
     return state
 
 

@@ -443,8 +443,11 @@ def measure_reward(config):
     opinions = [[r.scores for r in source.held_out[row.index].responses] for row in rows]
     training = [r.scores for group in source.train for r in group.responses if r.scores]
     target = flags.get("quantile_target", "label")
-    found = measure(raw_outputs(reward, rows), rows, kappa if target == "label" else None,
-                    opinions if all(z for group in opinions for z in group) else None, training if target == "scores" else None)
+    try:
+        found = measure(raw_outputs(reward, rows), rows, kappa if target == "label" else None,
+                        opinions if all(z for group in opinions for z in group) else None, training if target == "scores" else None)
+    except InputError as error:
+        raise InputError(f"--reward {config.reward} --data {config.data}: {error}") from None
     print(f"{config.reward} on {config.data}: {len(rows)} held-out groups; dropped: {dropped}")
     print("  trained with " + (" ".join(f"--{name} {flags.get(name)}" for name in RELEVANT) if flags else "flags that a model folder does not tell (the defaults, then)"))
     show(found)

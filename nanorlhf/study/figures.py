@@ -28,6 +28,7 @@ DASHES = {"ranking-on-labels": "--", "ranking-loose": ":", "classification-raw":
 MARKS = {"ranking-on-labels": "s", "ranking-loose": "D", "classification-raw": "D", "classification-on-places": "s", "scores-cvar": "s",
          "label": "s", "scores": "D", "self_mean": "^"}
 STYLE = {"font.size": 12, "font.family": "DejaVu Sans", "svg.fonttype": "none", "svg.hashsalt": "nanorlhf",
+         "text.parse_math": False,                                 # a dollar in a name is a dollar
          "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.axisbelow": True,
          "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "text.color": INK,
          "axes.grid": True, "grid.color": INK, "grid.alpha": 0.12, "grid.linewidth": 0.8, "lines.linewidth": 2,

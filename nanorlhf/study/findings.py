@@ -43,17 +43,17 @@ def load(out, seeds):
         if not path.exists():
             raise InputError(f"{path}: is missing; run the study to its end first")
         results.append(read(path))
-        if wrong := misplaced(results[-1]):
-            raise InputError(f"{path}: {wrong} is no number for a page; remove the stage seed{seed}/measure from study.json and give the same command again")
         runs = [f"ppo-{arm}" for arm in results[-1].get("ways") or ()] + ["rm-together", "rm-apart"]
         files = {run: path.parent / run / "metrics.jsonl" for run in runs}
         lines = {run: enumerate(read_bytes(file).splitlines(), 1) if file.exists() else () for run, file in files.items()}
         metrics.append({run: [parse_json(line, f"{files[run]}:{n}") for n, line in found] for run, found in lines.items()})
+        if wrong := misplaced([results[-1], metrics[-1]]):
+            raise InputError(f"{path}, or a metrics.jsonl beside it: {wrong} is no number for a page; was it changed?")
     return study, results, metrics
 
 
 def misplaced(value, name=""):
-    """The first value in results.json that is neither a number that can be drawn, nor null, nor a text where texts are.  -> str or None"""
+    """The first value that is neither a number that can be drawn, nor null, nor a text where texts are.  -> str or None"""
     if isinstance(value, (dict, list)):
         return next(filter(None, (misplaced(x, key) for key, x in (value.items() if isinstance(value, dict) else ((name, x) for x in value)))), None)
     good = name in ("text", "prompt", "words") if isinstance(value, str) else value is None or abs(value) < LARGEST

@@ -234,7 +234,7 @@ class OpenAI(Judge):
             raise InputError(f"--cache {cache}: name a file in a folder that exists")
         self.key = os.environ.get(KEY, "").strip()
         self.opener = urllib.request.build_opener(_NoRedirect)
-        self.skipped, self.answered_by = 0, Counter()
+        self.skipped, self.damaged, self.answered_by = 0, 0, Counter()
         self.cache = self._read() if self.path.exists() else {}
 
     def rank(self, prompt, responses):
@@ -300,6 +300,7 @@ class OpenAI(Judge):
                 row = parse_json(line, self.path) if line.strip() else None
             except InputError:
                 if line.startswith(START) or START.startswith(line):
+                    self.damaged += 1
                     continue                     # half a line, of a process that was killed while it wrote: that answer is asked for again
                 row = {}
             if row is not None and not ({"ranking", "answered_by"} <= row.keys() and isinstance(row.get("key"), str)):
@@ -431,7 +432,10 @@ def make(config):
         raise InputError(str(error).replace("--data", "--reference", 1)) from None
     if found.dropped:
         print(f"{config.reference}: dropped {dict(found.dropped)}")
-    return (Reference if config.judge == "reference" else Replay)(found.train + found.held_out)
+    try:
+        return (Reference if config.judge == "reference" else Replay)(found.train + found.held_out)
+    except InputError as error:
+        raise InputError(f"--reference {config.reference}: {error}") from None
 
 
 def main(config):
@@ -455,6 +459,7 @@ def main(config):
             print(f"{i}/{len(groups)} groups, {judge.skipped} skipped", flush=True)
     replace(out, data.write_groups(written))
     by = f"; answered by {', '.join(f'{name} ({n})' for name, n in judge.answered_by.items())}" if config.judge == "openai" else ""
+    by += f"; {judge.damaged} half lines of the cache asked again" if config.judge == "openai" and judge.damaged else ""
     print(f"{out}: {len(written)} groups ranked, {len(groups) - len(written)} skipped and left out; dropped: {dict(+dropped) or 'nothing'}{by}")
 
 
