@@ -1,6 +1,6 @@
 """Memory of a process in each stage, by calculation: a GPT-2 large policy with a LLaMA-7B reward model; and what smaller runs took beside it.
 
-    python -m benchmarks.memory                       the table; some 12 GB for a few layers of the real widths
+    python -m benchmarks.memory                       the table; some 5 GB for a few layers of the real widths
     python -m benchmarks.memory --measure true        the scripts with GPT-2 124M in float32 on a CPU, beside the same calculation
 
 Weights, gradients and moments are counted from the models' shapes. What the backward keeps is measured: every tensor that a forward over two and
@@ -47,17 +47,15 @@ def with_layers(config, n):
 
 @contextlib.contextmanager
 def counted(model):
-    """A list that grows by the bytes of each tensor that a forward keeps for its backward, weights left out, views counted once."""
-    own, seen, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, set(), []
+    """A dict that grows by the memory of each tensor that a forward keeps for its backward, by address; weights and views do not count again."""
+    own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
-        at = tensor.untyped_storage().data_ptr()
-        if at not in own | seen:
-            seen.add(at)
-            sizes.append(tensor.untyped_storage().nbytes())
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield sizes
+        storage = tensor.untyped_storage()       # held, so that its address is not given to another; the tensor would hold the graph that holds it
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        yield found
 
 
 def a_layer(family, config, dtype, columns, recompute):
@@ -69,10 +67,10 @@ def a_layer(family, config, dtype, columns, recompute):
         model.draw_head()
         for rows in (1, 2):
             batch = pack_rows([Row([1] * 256, [[2] * 64] * 4)] * rows)
-            with counted(model) as sizes, dist.autocast(model, dtype):
+            with counted(model) as held, dist.autocast(model, dtype):
                 model(batch)
-            found[layers, rows] = sum(sizes)
-        del model                                # before the next one is made
+            found[layers, rows] = sum(storage.nbytes() for storage in held.values())
+        del model, held                          # before the next one is made
     once = {layers: 2 * found[layers, 1] - found[layers, 2] for layers in (2, 3)}      # whatever the length: the weights' copies in bfloat16
     two, three = (once[layers] + columns / 512 * (found[layers, 2] - found[layers, 1]) for layers in (2, 3))
     return two, three - two

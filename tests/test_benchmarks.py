@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu, limit, reward_fairytale, reward_hh, sft_fairytale, study, table
+from benchmarks import gpu, limit, memory, reward_fairytale, reward_hh, sft_fairytale, study, table
 from benchmarks import side_by_side as bench
-from nanorlhf import batching, config, data, gpt2, llama, tokenizer
+from nanorlhf import batching, config, data, dist, gpt2, llama, tokenizer
+from nanorlhf.batching import Row, pack_rows
+from nanorlhf.heads import Scorer
 
 WHO = ("fox", "king", "queen", "bear", "crow", "wolf")
 
@@ -252,3 +254,28 @@ def test_the_studys_time(monkeypatch):
     assert row["ours_seconds"] == 100 and row["ratio"] == 3 and row["goal"] == 2 and written == [row] and "demo" in calls[0]
     study.main(study.Config(scale="smoke"))
     assert len(written) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+@pytest.mark.parametrize("dtype, recompute", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+@pytest.mark.parametrize("family, config", [(gpt2.GPT2, gpt2.GPT2Config(vocab_size=64, n_positions=512, n_embd=32, n_layer=5, n_head=2)), (llama.Llama, llama.LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=5, num_attention_heads=2, max_position_embeddings=512))])
+def test_what_a_backward_keeps_grows_by_the_layer_and_column(family, config, dtype, recompute):
+    """Two and three layers at two lengths tell what five layers keep of three rows, where it is counted directly."""
+    found = memory.kept(family, config, dtype, 3 * 512, recompute)
+    model = Scorer(family(config))
+    model.trunk.recompute = recompute
+    with memory.counted(model) as held, dist.autocast(model, dtype):
+        model(pack_rows([Row([1] * 256, [[2] * 64] * 4)] * 3))
+    more = memory.a_layer(family, config, dtype, 3 * 512, False)[1] if recompute else 0        # one block at a time is computed again
+    assert found == pytest.approx(sum(storage.nbytes() for storage in held.values()) + more, rel=0.01)
+
+
+def test_a_stage_adds_up():
+    # a thousand million trained parameters have 16 bytes each, half as many frozen ones 4
+    line = memory.stage("train_ppo.py", 2**30, 2**29, 3 * 2**30, 2**29)
+    assert list(line.values()) == ["train_ppo.py", 16.0, 2.0, 3.0, 0.5, 21.5]
+    assert memory.parameters(gpt2.GPT2, gpt2.SIZES["gpt2"]) == 124_439_808             # as published: 124M
+    assert memory.parameters(llama.Llama, llama.SIZES["llama-7b"]) == 6_738_415_616    # as published: 6.7B
+    assert memory.parameters(llama.Llama, llama.SIZES["llama-7b"], head=False) == 6_738_415_616 - 32_000 * 4096
