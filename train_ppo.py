@@ -291,7 +291,8 @@ def main(config):
                      f"lambda {config.lam}, clip {config.clip}, temperature {config.temperature}",
            numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, eps {ADAM_EPS}, "
                    f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0", machine=meter)
-    state = runs.load(config, policy, optimizer) if resuming else {"step": 0, "kl_coef": config.kl_coef, "skipped": 0, "in_a_row": 0}
+    fresh = {"step": 0, "kl_coef": float(config.kl_coef), "skipped": 0, "in_a_row": 0}
+    state = runs.load(config, policy, optimizer, fresh) if resuming else fresh
     dist.share(policy.parameters())
     first, kl_coef, finite = state["step"], state["kl_coef"], runs.Finite(config, SCRIPT, policy, state["skipped"], state["in_a_row"])
     runs.begin(config, SCRIPT, config.policy)           # again where it resumes: --steps may be more than before

@@ -184,7 +184,8 @@ def main(config):
            machine=meter, loss={"ranking": f"-log sigmoid of every pair's margin, pairs {config.pairs}", "classification": "BCE, good and bad equal within a group",
                  "quantile": f"{config.rank_coef} ranking of means + {config.quantile_coef} quantile Huber, kappa {config.kappa}, target "
                              f"{config.quantile_target}"}[config.loss] + f"; labels {config.labels}")
-    state = runs.load(config, scorer, optimizer) if resuming else {"step": 0, "skipped": 0, "in_a_row": 0}
+    fresh = {"step": 0, "skipped": 0, "in_a_row": 0}
+    state = runs.load(config, scorer, optimizer, fresh) if resuming else fresh
     dist.share(scorer.parameters())
     first, finite = state["step"], runs.Finite(config, SCRIPT, scorer, state["skipped"], state["in_a_row"])
     runs.begin(config, SCRIPT, config.init)           # again where it resumes: --steps may be more than before

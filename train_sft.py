@@ -97,7 +97,8 @@ def main(config):
            numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "
                    f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
            machine=meter, loss="mean over response tokens and EOS of the whole step")
-    state = runs.load(config, policy, optimizer) if resuming else {"step": 0, "skipped": 0, "in_a_row": 0}
+    fresh = {"step": 0, "skipped": 0, "in_a_row": 0}
+    state = runs.load(config, policy, optimizer, fresh) if resuming else fresh
     dist.share(policy.parameters())
     first, finite = state["step"], runs.Finite(config, SCRIPT, policy, state["skipped"], state["in_a_row"])
     runs.begin(config, SCRIPT, config.init)           # again where it resumes: --steps may be more than before

@@ -381,7 +381,8 @@ def _save_model(folder, trunk, tok, architecture, extra_tensors, extra_config):
         tensors[table] = torch.cat([tensors[table], torch.zeros(tok.pad_id + 1 - vocab_size, trunk.width)])
         vocab_size = tok.pad_id + 1
     tensors.update({name: tensor.detach().float().cpu() for name, tensor in extra_tensors.items()})
-    if (folder / "config.json").exists() and any(not (folder / name).is_file() or (folder / name).read_bytes() != raw for name, raw in tok.files.items()):
+    if (folder / "config.json").exists() and any(not damage(folder / name) and (not (folder / name).is_file() or (folder / name).read_bytes() != raw)
+                                                 for name, raw in tok.files.items()):
         raise InputError(f"{folder}: holds a model with another tokenizer; name another folder")
     config = {**_hub_config(trunk, tok, architecture, vocab_size), **extra_config}
     replace_all(folder, {**tok.files, "model.safetensors": save_tensors(tensors, {"format": "pt"}),

@@ -70,6 +70,8 @@ def _join():
         raise InputError(f"several processes are started by torchrun, which sets all of {told}")
     with _together():
         store, number, size = next(distributed.rendezvous("env://"))
+        # torchrun's store outlives a restart, and with it the addresses of processes that are dead
+        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number, world_size=size)
     atexit.register(distributed.destroy_process_group)
     said = distributed.PrefixStore("said", store)
@@ -79,7 +81,7 @@ def _join():
         try:
             return said.add("anything", 1) == 1 if echo else said.add("anything", 1) and said.add(message, 1) == 1
         except RuntimeError:                     # the store has gone with the process that held it
-            return not echo
+            return True
     config.first_to_say = first_to_say
     if number > 0:
         sys.stdout = open(os.devnull, "w")

@@ -23,8 +23,10 @@ def _beside(path, content):
             beside.write_bytes(content)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
-    except BaseException:                        # a disk that is full should not stay full of halves
+    except BaseException as error:               # a disk that is full should not stay full of halves
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:          # "No space left on device" does not say where
+            error.filename = str(path)
         raise
     return beside
 
@@ -54,6 +56,8 @@ def replace(path, content):
 def replace_all(folder, contents, remove=()):
     """Replaces files (name -> content) of a folder and their lines in SHA256SUMS, then removes others. Each file is whole at every instant."""
     folder, besides = Path(folder), {}
+    for half in halves(folder):                  # of one who was killed here
+        half.unlink()
     try:
         for name, content in contents.items():
             besides[folder / name] = _beside(folder / name, content)
@@ -89,6 +93,14 @@ def sums(folder):
         if name and name == Path(name).name:
             found.setdefault(name, set()).add(digest)
     return found
+
+
+def broken(folder):
+    """What is wrong first with the files that a folder's SHA256SUMS lists, or with the list itself, in words; None where nothing is."""
+    path = Path(folder) / SUMS
+    if not path.is_file() or not path.read_bytes().endswith(b"\n"):
+        return f"{SUMS} is gone or cut"
+    return next(filter(None, (damage(path.with_name(name)) for name in sums(folder))), None)
 
 
 def damage(path):

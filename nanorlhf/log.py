@@ -30,7 +30,11 @@ class Log:
         self.start, self.steps, self.show, self.began, self.files, self.writes = start, steps, show, time.time(), {}, writes
         for name in ("metrics", "samples") if writes else ():
             path = Path(out) / f"{name}.jsonl"
-            replace(path, b"".join(line for line, step in self._rows(path) if step < start and start))       # -1 is before the first step
+            kept = [(line, step) for line, step in self._rows(path) if step < start and start]               # -1 is before the first step
+            lost = set(range(start)) - {step for _, step in kept}
+            if lost and name == "metrics":
+                self.warn(f"{path}: nothing about {len(lost)} of the {start} steps before, the first of them step {min(lost)}")
+            replace(path, b"".join(line for line, _ in kept))
             self.files[name] = open(path, "a", encoding="utf-8", errors="backslashreplace")      # half a surrogate pair becomes JSON's \uXXXX
 
     def _rows(self, path):
@@ -45,8 +49,12 @@ class Log:
 
     def _write(self, name, row):
         if self.writes:
-            self.files[name].write(json.dumps({key: clean(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
-            self.files[name].flush()
+            file = self.files[name]
+            try:
+                file.write(json.dumps({key: clean(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+                file.flush()
+            except OSError as error:             # the disk is full: Python does not say which file
+                raise OSError(error.errno, error.strerror, file.name) from None
 
     def step(self, step, **numbers):
         self._write("metrics", {"step": step, **numbers})

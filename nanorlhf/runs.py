@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from . import dist
 from .batching import Row
 from .checkpoint import read_json, save_tensors
-from .config import InputError
-from .files import damage, halves, replace_all
+from .config import InputError, parse_json
+from .files import SUMS, broken, damage, halves, replace_all
 
 KEEP = 2                   # states: if the newest is damaged, the one before is there
 PATIENCE = 3               # steps in a row that are not finite, until the run stops
@@ -45,21 +45,21 @@ def resumable(config, script):
 
 def _resumable(out, flags, script):
     if not (out / "config.json").exists() and not states(out):
-        if out.exists() and (not out.is_dir() or len(list(out.iterdir())) > len(halves(out))):      # halves: killed in its first write
+        if out.exists() and (not out.is_dir() or {*out.iterdir()} - {*halves(out), out / SUMS}):      # halves, SUMS: killed in its first write
             raise InputError(f"--out {out}: exists and is not a run of ours; name another folder")
         return False
     before = _started_with(out)
-    if not states(out) and before.get("script") == script:
+    if not states(out) and before["script"] == script:
         return False                             # it never saved anything: nothing is lost by starting again with other flags
-    if before.get("script") != script:
-        raise InputError(f"--out {out}: a run of {before.get('script')}, not of {script}")
-    old = before.get("flags", {})
-    other = [f"--{key} {old.get(key)!r} is now {value!r}" for key, value in flags.items() if old.get(key) != value and key not in ("steps", "out")]
-    if old.get("steps") != flags["steps"]:
+    if before["script"] != script:
+        raise InputError(f"--out {out}: a run of {before['script']!s:.80}, not of {script}")
+    old = before["flags"]
+    other = [f"--{key} {old.get(key)!r:.80} is now {value!r}" for key, value in flags.items() if old.get(key) != value and key not in ("steps", "out")]
+    if old["steps"] != flags["steps"]:
         if flags["schedule"] != "constant":
-            other.append(f"--steps {old.get('steps')} is now {flags['steps']} (only with --schedule constant: the learning rate depends on it)")
-        elif flags["steps"] < old.get("steps", 0):
-            other.append(f"--steps {old.get('steps')} is now {flags['steps']} (fewer)")
+            other.append(f"--steps {old['steps']} is now {flags['steps']} (only with --schedule constant: the learning rate depends on it)")
+        elif flags["steps"] < old["steps"]:
+            other.append(f"--steps {old['steps']} is now {flags['steps']} (fewer)")
     if other:
         raise InputError(f"--out {out} was started with other flags: {'; '.join(other)}")
     return True
@@ -67,21 +67,25 @@ def _resumable(out, flags, script):
 
 def _started_with(out):
     """{script, flags} of the run: from config.json, or where that is damaged, from a state."""
-    wrong = damage(out / "config.json")
-    if not wrong:
+    said = []
+    for path in [out / "config.json", *states(out)]:
         try:
-            return read_json(out / "config.json")
+            if wrong := damage(path):
+                raise InputError(f"{out}: {wrong}")
+            found = _about(path) if path.suffix == ".safetensors" else read_json(path)
+            if type(found.get("script")) is not str or type(found.get("flags")) is not dict or type(found["flags"].get("steps")) is not int:
+                raise InputError(f"{path}: does not say which script made it, with which flags")
         except InputError as error:
-            wrong = str(error)
-    for path in states(out):
-        if not damage(path):
-            print(f"{wrong}; the flags are read from {path.name}")
-            return _about(path)
-    raise InputError(f"{out}: {wrong}, and no state is whole; remove the folder to start again")
+            said.append(str(error))
+            continue
+        if said:
+            print(f"  warning: {said[0]}; the flags are read from {path.name}")
+        return found
+    raise InputError(f"{said[0]}, and no state is whole; remove the folder to start again")
 
 
 def begin(config, script, parent):
-    """Writes the run's config.json: from here on the folder is a run. Halves that a killed process left go."""
+    """Writes the run's config.json: from here on the folder is a run."""
     versions = {name: metadata.version(name) for name in ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")}
 
     def write():
@@ -90,8 +94,8 @@ def begin(config, script, parent):
         values = {"script": script, "flags": dataclasses.asdict(config), "versions": versions, "parent": lineage if "flags" in lineage else None}
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for half in halves(out) + halves(out / "model"):
-                half.unlink()
+            for path in states(out)[KEEP:]:      # killed in its last save, before they went
+                path.unlink()
             replace_all(out, {"config.json": (json.dumps(values, indent=1) + "\n").encode()})
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
@@ -123,38 +127,45 @@ def _save(config, script, model, optimizer, step, numbers):
 
 
 def _about(path):
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["run"])
+    """What a state or a report says of itself.  -> dict"""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return parse_json((file.metadata() or {}).get("run", "").encode(), path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error)[:100].split())})") from None
 
 
-def load(config, model, optimizer):
-    """Fills model and optimizer, at every process, from the newest state that is whole.  -> the numbers of `save`, `step` among them"""
-    numbers = dist.first(lambda: _load(Path(config.out), model, optimizer))
+def load(config, model, optimizer, fresh):
+    """Fills model and optimizer, at every process, from the newest state that is whole.  fresh: the numbers of a new run  ->  those of this one"""
+    numbers = dist.first(lambda: _load(config, model, optimizer, {**fresh, "threads": 1, "processes": 1}))
     dist.share(model.parameters())
-    if numbers.pop("moments"):
+    if numbers["moments"]:
         for parameter in model.parameters():
             if dist.rank() > 0:
                 optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu"),
                                               "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
             dist.share(optimizer.state[parameter].values())
-    if numbers["processes"] == dist.world():
+    same = numbers["processes"] == dist.world()
+    if same:
         torch.set_num_threads(numbers["threads"])                      # sums are split by threads: another number gives other last bits
-    print(f"resuming at step {numbers['step']}" + (f", to rounding: it had {numbers['processes']} processes, now {dist.world()}"
-                                                  if numbers["processes"] != dist.world() else ""))
-    return numbers
+    print(f"resuming at step {numbers['step']}" + ("" if same else f", to rounding: it had {numbers['processes']} processes, now {dist.world()}"))
+    return {name: numbers[name] for name in fresh}
 
 
-def _load(out, model, optimizer):
-    said = []
+def _load(config, model, optimizer, wanted):
+    out = Path(config.out)
+    broken_model = broken(out / "model")
+    said = [f"{out / 'model'}: {broken_model}"] if broken_model and states(out) else []
     for path in states(out):
+        if broken_model and _step(path) == config.steps:               # at the end there is no next save that writes the model again
+            continue
         optimizer.state.clear()
         try:
-            wrong = damage(path)
-            if wrong:
+            if wrong := damage(path):
                 raise ValueError(wrong)
-            numbers = _fill(path, model, optimizer)
+            numbers = _fill(path, model, optimizer, wanted)
         except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            said.append(f"{path}: damaged or of another model ({str(error)[:100]})")
+            said.append(f"{path}: damaged or of another model ({' '.join(str(error)[:100].split())})")
             continue
         if said:
             print(f"  warning: {'; '.join(said)}; going on from {path.name}")
@@ -163,14 +174,16 @@ def _load(out, model, optimizer):
 
 
 @torch.no_grad()
-def _fill(path, model, optimizer):
+def _fill(path, model, optimizer, wanted):
+    """wanted: numbers as an example of those that must be there.  -> the numbers"""
+    numbers, parameters = _about(path), dict(model.named_parameters())
+    for key, value in wanted.items():
+        if type(numbers[key]) is not type(value) or not 0 <= numbers[key] < 2**31 or key in ("threads", "processes") and not 0 < numbers[key] < 2**16:
+            raise ValueError(f"{key} is {numbers[key]!r:.40}")
     with safe_open(path, framework="pt") as file:
-        numbers, keys, parameters = _about(path), set(file.keys()), dict(model.named_parameters())
+        keys = set(file.keys())
         if {key for key in keys if key.startswith("model.")} != {f"model.{name}" for name in parameters}:
             raise ValueError("its weights have other names")
-        for key in ("step", "threads", "processes"):
-            if type(numbers[key]) is not int or numbers[key] < (key != "step"):
-                raise ValueError(f"{key} is {numbers[key]!r}")
         for name, parameter in parameters.items():
             state = {key: file.get_tensor(f"{key}.{name}") for key in ("model", "step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in keys}
             if len(state) not in (1, 4) or any(value.shape != parameter.shape for key, value in state.items() if key != "step"):
@@ -188,6 +201,7 @@ class Finite:
 
     def __init__(self, config, script, model, skipped=0, in_a_row=0):
         self.config, self.script, self.model, self.skipped, self.in_a_row = config, script, model, skipped, in_a_row
+        self.began = "a step before this start"
 
     def numbers(self):
         """For the state: a run that goes on counts on."""

@@ -28,7 +28,7 @@ from typing import Callable
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanorlhf import checkpoint, config, data, sample, tokenizer
+from nanorlhf import checkpoint, config, data, runs, sample, tokenizer
 from nanorlhf.batching import encode_all, pack_rows
 from nanorlhf.config import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config
@@ -453,6 +453,38 @@ def measured(folder):
     evaluate.measure_reward(evaluate.Config(reward=str(folder), data=str(folder / "data.jsonl"), device="cpu"))
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    out: str
+    steps: int = 9
+    schedule: str = "constant"
+
+
+def a_model():
+    torch.manual_seed(0)
+    model = Policy(GPT2(GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)))
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def run_files(folder):
+    """A run that stopped after two steps, without checksums."""
+    runs.begin(RunConfig(str(folder)), "train_x", "nowhere")
+    model, optimizer = a_model()
+    for step in (1, 2):
+        sum(p.sum() for p in model.parameters()).backward()
+        optimizer.step()
+        runs.save(RunConfig(str(folder)), "train_x", model, optimizer, step, lambda: None)
+    return contents(folder)
+
+
+def go_on(folder):
+    try:
+        if runs.resumable(RunConfig(str(folder)), "train_x"):
+            runs.load(RunConfig(str(folder)), *a_model(), {"step": 0})
+    finally:
+        torch.set_num_threads(1)
+
+
 def readers(scratch):
     """Every reader with sound inputs."""
     gpt2, llama, reward, split = *(model_files(scratch / "-".join(map(str, how)), *how) for how in (("gpt2",), ("llama",), ("gpt2", True))), shards(scratch / "s")
@@ -482,6 +514,7 @@ def readers(scratch):
         Reader("judge reference", FAIRYTALE, lambda f: named("reference", f)),
         Reader("judge cache", {"cache.jsonl": cache}, answers, cache_rows),
         Reader("judge reply", {"reply.json": reply}, ask, None, 6),
+        Reader("a run's state", run_files(scratch / "run"), go_on, None, 6),
         Reader("study.json", {"study.json": study_files()["study.json"]}, opened),
         Reader("results.json", study_files(), tell, None, 6),
         Reader("the page", study_files(), page, None, 0),

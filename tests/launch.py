@@ -4,7 +4,7 @@
 
 fault: a name of FAULTS below, put into every process of the run.  kill: seconds after which all of its processes are killed, or see `strike`.
 call: each process is killed at this call of its, see `killed_at`.
-The answer: exit codes (negative: the signal), what was written to stderr, and the seconds. Nothing here computes, so that forking is safe.
+The answer: exit codes (negative: the signal), what was written to stdout and stderr, and the seconds. Nothing here computes, so that forking is safe.
 """
 import contextlib
 import json
@@ -24,7 +24,7 @@ import torch                                     # noqa: E402
 import train_ppo                                 # noqa: E402
 import train_rm                                  # noqa: E402
 import train_sft                                 # noqa: E402
-from nanorlhf import batching, config, dist, files, losses, ppo, sample       # noqa: E402
+from nanorlhf import batching, config, dist, files, losses, ppo, runs, sample       # noqa: E402
 from nanorlhf.study import evaluate              # noqa: E402
 from nanorlhf.study import __main__ as study     # noqa: E402
 
@@ -105,8 +105,23 @@ def nan_loss():
     train_sft.sft_loss, losses.ranking_loss, ppo.policy_loss = map(poisoned, (train_sft.sft_loss, losses.ranking_loss, ppo.policy_loss))
 
 
+def full_disk():
+    """After the first save the disk is filled by a file beside the run's folder: with its last bytes too."""
+    save = runs.save
+
+    def wrong(config, *arguments, **named):
+        save(config, *arguments, **named)
+        if dist.rank() == 0:
+            with open(Path(config.out).with_name("filler"), "ab", buffering=0) as file:
+                for size in (2**16, 2**10, 1):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(bytes(size))
+    runs.save = wrong
+
+
 NAN_CALLS = {2, 3, 5, 6, 7, 8, 9}
-FAULTS = {f.__name__: f for f in (mean_of_means, own_whitening, averaged, same_shard, nan_loss)}
+FAULTS = {f.__name__: f for f in (mean_of_means, own_whitening, averaged, same_shard, nan_loss, full_disk)}
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
@@ -128,8 +143,8 @@ def killed_at(call):
 def child(job, environment, errors):
     """One process of a run, from after the imports to its end."""
     os.environ.update(environment)
-    for number in (1, 2):
-        os.dup2(os.open(errors if number == 2 else os.devnull, os.O_WRONLY | os.O_APPEND), number)
+    for number, path in ((1, f"{errors}-printed"), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     torch.set_num_threads(1)
     code, setup = 1, dist.setup
 
@@ -152,6 +167,7 @@ def child(job, environment, errors):
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
@@ -159,14 +175,15 @@ def child(job, environment, errors):
 def start(job):
     """-> (process ids, the file of their stderr, the store where they meet, which outlives them, as torchrun's does)"""
     size, errors, ids = job.get("processes", 1), tempfile.mktemp(), []
-    open(errors, "w").close()
+    for path in (errors, f"{errors}-printed"):
+        open(path, "w").close()
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if size > 1 else None
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
               "TORCHELASTIC_RESTART_COUNT": "0"} if size > 1 else {}
     for rank in range(size):
         number = os.fork()
         if number == 0:
-            os.setpgid(0, ids[0] if ids else 0)
+            os.setpgid(0, 0)                     # a terminal's Ctrl-C is not theirs
             child(job, {**shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {})}, errors)
         ids.append(number)
     return ids, errors, store
@@ -227,10 +244,10 @@ def run(job):
     marks = [f"{errors}-{rank}" for rank in range(len(ids))]
     said = strike(job, ids, marks, began) if job.get("kill") is not None else {}
     codes = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in ids]
-    with open(errors, encoding="utf-8") as file:
-        said |= {"codes": codes, "stderr": file.read(), "seconds": time.time() - began}
-    for path in [errors, *filter(os.path.exists, marks)]:
-        os.unlink(path)
+    printed, errors = Path(f"{errors}-printed"), Path(errors)
+    said |= {"codes": codes, "stdout": printed.read_text("utf-8"), "stderr": errors.read_text("utf-8"), "seconds": time.time() - began}
+    for path in (printed, errors, *map(Path, marks)):
+        path.unlink(missing_ok=True)
     return said
 
 

@@ -269,7 +269,7 @@ def test_killed_anywhere_it_ends_the_same(smoke, tmp_path):
     for name in ("seed0/judged", "seed0/ppo-judge"):
         assert len(kill(out, lambda: name in done(out))) == 2
     finish(out)
-    names = ("model.safetensors", "results.json", "state.safetensors", "*.jsonl")
+    names = ("model.safetensors", "results.json", "state-*.safetensors", "*.jsonl")
     whole = {name: raw for name, raw in files(tmp_path / "whole", *names).items() if not name.endswith("metrics.jsonl")}     # seconds are in there
     assert len([name for name in whole if name.endswith("model.safetensors")]) == 2 + 2 + len(stages.REWARDS) + 2 + len(stages.ARMS) + 1
     for other in (out, smoke["out"]):
