@@ -104,8 +104,10 @@ def check(config, **bounds):
 
 
 def first_to_say(message, echo):
-    """Should this process say it? Of several that are about to end with the same message, one should. dist.setup, which knows the others, replaces this."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    """Should this process say it? Of several that are about to end with the same message, one should: here one a machine. dist.setup, which knows
+    the others, puts a better answer in this one's place.
+    """
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def run(main, cls):
@@ -123,5 +125,7 @@ def run(main, cls):
     except KeyboardInterrupt as error:
         message, code, echo = str(error) or "stopped", getattr(error, "code", 130), False
     if first_to_say(message, echo):
-        print(" ".join(message.splitlines()), file=sys.stderr)        # what a user's function raised may have several lines
+        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)        # what a user's function raised may have several lines
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(code)                           # taking the processes' group apart would wait for those that wait for us
     sys.exit(code)

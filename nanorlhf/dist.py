@@ -70,10 +70,12 @@ def _join():
         raise InputError(f"several processes are started by torchrun, which sets all of {told}")
     with _together():
         store, number, size = next(distributed.rendezvous("env://"))
-        # torchrun's store outlives a restart, and with it the addresses of processes that are dead
-        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if os.environ.get("LOCAL_WORLD_SIZE") == told["WORLD_SIZE"]:
+            # torchrun's store outlives a restart, and with it the addresses of processes that are dead. On several machines
+            # the counts differ: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every start a store of its own.
+            store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number, world_size=size)
-    atexit.register(distributed.destroy_process_group)
+    atexit.register(lambda: hasattr(sys, "last_value") or distributed.destroy_process_group())       # after a traceback it might wait for ever
     said = distributed.PrefixStore("said", store)
 
     def first_to_say(message, echo):
@@ -165,17 +167,18 @@ def first(work):
 
     -> what it returned (JSON), at every process; its InputError or OSError too, so that all of them end alike
     """
-    answer = error = None
+    told = error = None
     if rank() == 0:
         try:
-            answer = work()
-        except (InputError, OSError) as problem:
-            error = problem
-    said = [str(error)] if isinstance(error, InputError) else [error.errno, error.strerror or str(error), error.filename and str(error.filename)] if error else None
-    answer, said = everyone([answer, said])[0]
-    if said:
-        raise error or (InputError(*said) if len(said) == 1 else OSError(*said))
-    return answer
+            told = {"answer": work()}
+        except InputError as problem:
+            told, error = {"mistake": str(problem)}, problem
+        except OSError as problem:
+            told, error = {"system": [problem.errno, problem.strerror or str(problem), problem.filename and str(problem.filename)]}, problem
+    told = everyone(told)[0]
+    if "answer" not in told:
+        raise error or (InputError(told["mistake"]) if "mistake" in told else OSError(*told["system"]))
+    return told["answer"]
 
 
 # --------------------------------------------------------------------------------------------------------------- stop

@@ -61,18 +61,18 @@ def replace_all(folder, contents, remove=()):
     try:
         for name, content in contents.items():
             besides[folder / name] = _beside(folder / name, content)
-        known = {name: digests for name, digests in sums(folder).items() if (folder / name).exists() and name not in remove}
+        known = {name: digests for name, digests in sums(folder).items() if (folder / name).exists()}
         new = {path.name: {_sha256(beside)} for path, beside in besides.items()}
         old = {name: known.get(name) or {_sha256(folder / name)} for name in new if (folder / name).exists()}
         _write_sums(folder, known | {name: new[name] | old.get(name, set()) for name in new})
         _rename(besides)
-        _write_sums(folder, known | new)
+        for name in remove:                      # before the list forgets it: a file that is not listed is believed
+            (folder / name).unlink(missing_ok=True)
+        _write_sums(folder, {name: digests for name, digests in (known | new).items() if name not in remove})
     except BaseException:
         for beside in besides.values():
             beside.unlink(missing_ok=True)
         raise
-    for name in remove:
-        (folder / name).unlink(missing_ok=True)
 
 
 def _sha256(path):

@@ -1,8 +1,7 @@
 """The two models of RLHF: a trunk with what is put on top of it.
 
 B groups, K responses a group, R response tokens, T columns, D width, N outputs. A batch is `batching.Batch`: only its
-fields tokens, positions, branch, predictor, responses, mask, last are read here. Everything goes through `forward`,
-because the distributed wrappers act on `forward` alone.
+fields tokens, positions, branch, predictor, responses, mask, last are read here.
 """
 from typing import NamedTuple
 

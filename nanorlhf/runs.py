@@ -6,8 +6,10 @@ RUN/nonfinite-000057.safetensors   weights and rows of a step whose loss or grad
 RUN/SHA256SUMS                     of these files; RUN/model/ has its own
 """
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import re
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +22,7 @@ from . import dist
 from .batching import Row
 from .checkpoint import read_json, save_tensors
 from .config import InputError, parse_json
-from .files import SUMS, broken, damage, halves, replace_all
+from .files import SUMS, broken, damage, halves, replace_all, sums
 
 KEEP = 2                   # states: if the newest is damaged, the one before is there
 PATIENCE = 3               # steps in a row that are not finite, until the run stops
@@ -50,6 +52,8 @@ def _resumable(out, flags, script):
         return False
     before = _started_with(out)
     if not states(out) and before["script"] == script:
+        if not halves(out) and any(name.startswith("state-") for name in sums(out)):
+            raise InputError(f"--out {out}: its states are gone, so it cannot go on; name another folder, or remove this one")
         return False                             # it never saved anything: nothing is lost by starting again with other flags
     if before["script"] != script:
         raise InputError(f"--out {out}: a run of {before['script']!s:.80}, not of {script}")
@@ -84,18 +88,33 @@ def _started_with(out):
     raise InputError(f"{said[0]}, and no state is whole; remove the folder to start again")
 
 
+HELD = []                  # the lock on this process's run folder: it goes with the process, or to its next run
+
+
+def _hold(out):
+    """The folder is ours: of two runs in it each would take away the other's files. Not on file systems that have no locks."""
+    while HELD:
+        os.close(HELD.pop())
+    HELD.append(os.open(out, os.O_RDONLY))
+    try:
+        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {out}: another process is at work there; wait for it, or stop it") from None
+    except OSError:
+        return
+
+
 def begin(config, script, parent):
     """Writes the run's config.json: from here on the folder is a run."""
     versions = {name: metadata.version(name) for name in ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")}
 
     def write():
-        out, path = Path(config.out), Path(parent) / "config.json"
-        lineage = read_json(path) if path.exists() else {}
+        out, origin = Path(config.out), Path(parent) / "config.json"
+        lineage = read_json(origin) if origin.exists() else {}
         values = {"script": script, "flags": dataclasses.asdict(config), "versions": versions, "parent": lineage if "flags" in lineage else None}
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for path in states(out)[KEEP:]:      # killed in its last save, before they went
-                path.unlink()
+            _hold(out)
             replace_all(out, {"config.json": (json.dumps(values, indent=1) + "\n").encode()})
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
@@ -131,7 +150,7 @@ def _about(path):
     try:
         with safe_open(path, framework="pt") as file:
             return parse_json((file.metadata() or {}).get("run", "").encode(), path)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error)[:100].split())})") from None
 
 
@@ -164,11 +183,15 @@ def _load(config, model, optimizer, wanted):
             if wrong := damage(path):
                 raise ValueError(wrong)
             numbers = _fill(path, model, optimizer, wanted)
-        except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise                                # nothing is wrong with the file
+        except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
             said.append(f"{path}: damaged or of another model ({' '.join(str(error)[:100].split())})")
             continue
         if said:
             print(f"  warning: {'; '.join(said)}; going on from {path.name}")
+        for old in [other for other in states(out) if _step(other) < _step(path)][KEEP - 1:]:
+            old.unlink()                         # killed in its last save, before it went
         return numbers | {"moments": len(optimizer.state) > 0}
     raise InputError(f"{'; '.join(said) or f'{out}: no state here'}; remove the folder to start again")
 
@@ -211,13 +234,10 @@ class Finite:
         """rows of the step, each process's micro-batches of them, losses of these, gradient norms of the processes; tensors (rows, ...): what else
         the loss depends on.  -> may the step be taken?  Raises FloatingPointError after PATIENCE in a row.
         """
-        first = next((f"the loss of rows {[rows[i].index for i in part]} of the data, micro-batch {m} of process {p}"
-                      for p, parts in enumerate(plans) for m, part in enumerate(parts) if not math.isfinite(losses[p][m])), None)
-        if first is None and all(map(math.isfinite, norms)):
+        if all(map(math.isfinite, sum(losses, []) + list(norms))):
             self.in_a_row = 0
             return True
-        first = first or next((f"the gradient of {name}, all losses are finite" for name, parameter in self.model.named_parameters()
-                               if parameter.grad is not None and not parameter.grad.isfinite().all()), "the gradient's norm, each gradient is finite")
+        first = self._first(rows, plans, losses)
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         message = f"step {step}: not finite, first {first}"
         if self.in_a_row == 1:
@@ -229,15 +249,26 @@ class Finite:
         self.model.zero_grad(set_to_none=True)
         return False
 
+    def _first(self, rows, plans, losses):
+        """Where it began, in words: in the forward of some rows, or later, in the backward."""
+        for process, (parts, of_parts) in enumerate(zip(plans, losses)):
+            for micro_batch, (part, loss) in enumerate(zip(parts, of_parts)):
+                if not math.isfinite(loss):
+                    return f"the loss of rows {[rows[i].index for i in part]} of the data, micro-batch {micro_batch} of process {process}"
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"the gradient of {name}, all losses are finite"
+        return "the gradient's norm, each gradient is finite"
+
     def _report(self, step, rows, message, tensors):
         out = Path(self.config.out)
         if len(list(out.glob("nonfinite-*.safetensors"))) >= REPORTS:
             return ""
-        name = f"nonfinite-{step:06}.safetensors"
+        file = f"nonfinite-{step:06}.safetensors"
         about = {"script": self.script, "step": step, "message": message, "flags": dataclasses.asdict(self.config), "rows": [dataclasses.asdict(row) for row in rows]}
         weights = {f"model.{name}": parameter.detach().cpu() for name, parameter in self.model.named_parameters()}
-        replace_all(out, {name: save_tensors(weights | tensors, {"run": json.dumps(about)})})
-        return f"; reproduced by {out / name}"
+        replace_all(out, {file: save_tensors(weights | tensors, {"run": json.dumps(about)})})
+        return f"; reproduced by {out / file}"
 
 
 @torch.no_grad()

@@ -254,7 +254,7 @@ def test_a_state_too_many_goes_at_the_next_start(tmp_path):
     for number in (1, 2, 3):
         save(tmp_path, model, optimizer, number)
     (tmp_path / state(1)).write_bytes(b"left")
-    runs.begin(config(tmp_path), "train_sft", "nowhere")
+    assert runs.load(config(tmp_path), model, optimizer, FRESH)["step"] == 3
     assert names(tmp_path) == [state(3), state(2)]
 
 
@@ -362,3 +362,46 @@ def test_so_many_reports(tmp_path):
         tried(finite, model, rows, (BAD, GOOD)[n % 2], n)
     assert sorted(path.name for path in tmp_path.glob("nonfinite-*")) == [f"nonfinite-{2 * n:06}.safetensors" for n in range(runs.REPORTS)]
     assert finite.skipped == runs.REPORTS + 2
+
+
+def test_a_damaged_state_is_not_believed_after_a_kill(tmp_path, monkeypatch):
+    """40 is damaged, the run goes on from 20 and is killed as it removes 40 after saving 30: 40 must not look whole."""
+    model, optimizer, _ = fresh("gpt2")
+    for step_ in (20, 40):
+        save(tmp_path, model, optimizer, step_)
+    flip(tmp_path / state(40))
+
+    class Killed(BaseException):
+        pass
+    monkeypatch.setattr(files.Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        save(tmp_path, model, optimizer, 30)
+    monkeypatch.undo()
+    assert runs.load(config(tmp_path), model, optimizer, FRESH)["step"] == 30
+
+
+def test_the_state_that_was_loaded_stays(tmp_path):
+    """Three states, killed before the oldest went, and the two newer ones are damaged."""
+    model, optimizer, _ = fresh("gpt2")
+    started(tmp_path)
+    for path in runs.states(tmp_path):
+        path.unlink()
+    for step_ in (1, 2):
+        save(tmp_path, model, optimizer, step_)
+    kept = (tmp_path / state(1)).read_bytes(), (tmp_path / "SHA256SUMS").read_text()
+    save(tmp_path, model, optimizer, 3)
+    (tmp_path / state(1)).write_bytes(kept[0])
+    (tmp_path / "SHA256SUMS").write_text("".join(sorted({*kept[1].splitlines(True), *(tmp_path / "SHA256SUMS").read_text().splitlines(True)})))
+    for n in (2, 3):
+        flip(tmp_path / state(n))
+    for _ in range(2):
+        assert runs.load(config(tmp_path), model, optimizer, FRESH)["step"] == 1
+        runs.begin(config(tmp_path), "train_sft", "nowhere")
+
+
+def test_a_run_whose_states_are_gone_is_not_begun_anew(tmp_path):
+    started(tmp_path)
+    for path in runs.states(tmp_path):
+        path.unlink()
+    with pytest.raises(InputError, match="its states are gone"):
+        runs.resumable(config(tmp_path), "train_sft")

@@ -535,7 +535,23 @@ def test_a_process_ends_with_one_line(world, tmp_path):
                           (process(train_sft, good, WORLD_SIZE="2"), "several processes are started by torchrun")):
         error = started.communicate(timeout=100)[1]
         assert started.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error, error
+    # the ninth of sixteen processes, the first of its machine: nobody else there would say it
+    second = process(train_sft, {**good, "nonsense": 1}, WORLD_SIZE="16", RANK="8", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")
+    assert "--nonsense" in second.communicate(timeout=100)[1] and second.returncode == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_in_one_folder(world, tmp_path):
+    """The second is refused and changes nothing; the first goes on."""
+    flags = dict(data=world / "label.jsonl", init=world / "gpt2", out=tmp_path / "run", **{**STOP, "steps": 2000, "save_every": 2000, "eval_every": 2000})
+    first = process(train_sft, flags)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    second = process(train_sft, flags)
+    error = second.communicate(timeout=100)[1]
+    assert second.returncode == 2 and error == f"error: --out {tmp_path / 'run'}: another process is at work there; wait for it, or stop it\n"
+    assert signal_at_step(first, tmp_path / "run", 1, signal.SIGTERM) == "stopped; the same command goes on from the last save\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- the log
