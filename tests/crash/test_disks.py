@@ -15,23 +15,11 @@ import pytest
 from alike import damaged, differences
 from nanorlhf import checkpoint, files, runs
 from nanorlhf.config import InputError
-from test_processes import Jobs, flags_of, tiny_world, torchrun
+from test_processes import flags_of, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUN = dict(steps=8, groups=4, save_every=2, eval_every=1, max_tokens=110)
 SCRIPTS = ("sft", "ranking", "ppo")
-
-
-@pytest.fixture(scope="module")
-def jobs():
-    found = Jobs()
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -21,25 +21,13 @@ from alike import damaged, differences, timeless
 from launch import LEFT
 from nanorlhf import runs
 from nanorlhf.study import stages
-from test_processes import Jobs, flags_of, tiny_world
+from test_processes import flags_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUN = dict(steps=8, groups=4, save_every=2, eval_every=3, schedule="linear", max_tokens=110)
 SLOW, QUICK = 27, 2                      # kills of each script and number of processes; of the study and number of workers 20
 STUDY = 20
 COLUMNS = ("kills", "one alone", "before the first save", "with a temporary file", "after the end", "starts", "runs", "seconds")
-
-
-@pytest.fixture(scope="module")
-def jobs():
-    found = Jobs()
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
