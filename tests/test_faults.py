@@ -124,6 +124,7 @@ ONE_BY_ONE, SAMPLES = "test_faults.py::test_a_row_equals_its_responses_one_by_on
 MICRO_BATCHES, IGNORED = "test_micro_batches_with_the_whole_count_are_the_whole", "test_ppo.py::test_what_stands_behind_the_mask_is_ignored"
 PATHS, EACH, WORDS = "test_paths.py", "test_every_path_is_each_response_alone", "test_who_sees_whom_in_flex_attention"
 VISIBLE = "mine = (branch_key[:, None] == 0) | (branch_key[:, None] == branch_query[:, :, None])"
+SAME = "test_processes.py::test_the_same_update"
 CLIP = "torch.nn.utils.clip_grads_with_norm_(model.parameters(), MAX_GRAD_NORM, norm)"
 FAULTS = [   # name, file, what stands there, what is put there, the test that must fail
     # KL
@@ -176,7 +177,7 @@ FAULTS = [   # name, file, what stands there, what is put there, the test that m
      "test_ppo.py::test_gae_is_the_sum_of_discounted_deltas"),
     ("variance of a sample", "ppo.py", "var = (squares / count.clamp(min=1) - mean * mean)", "var = (squares / count - mean * mean) * count / (count - 1)",
      "test_ppo.py::test_whiten_by_hand"),
-    ("whitening over padding", "ppo.py", "torch.stack([mask.sum().double(),", "torch.stack([torch.tensor(mask.numel()).double(),",
+    ("whitening over padding", "ppo.py", "torch.stack([mask.sum(),", "torch.stack([torch.tensor(mask.numel()),",
      "test_ppo.py::test_whiten_by_hand"),
     # clipped losses
     ("policy clipped on the wrong side", "ppo.py", "torch.minimum(free, clipped)", "torch.maximum(free, clipped)", "test_ppo.py::test_policy_loss_by_case"),
@@ -236,9 +237,17 @@ FAULTS = [   # name, file, what stands there, what is put there, the test that m
     ("clipping parameter by parameter", "optim.py", CLIP,
      "[torch.nn.utils.clip_grad_norm_([p], MAX_GRAD_NORM) for p in model.parameters()]",
      "test_faults.py::test_update_clips_the_norm_of_the_whole_gradient"),
-    ("a step with NaN", "optim.py", 'if not norm < float("inf")', "if False", "test_faults.py::test_update_refuses_a_gradient_that_is_not_finite"),
-    ("a resume that forgets the optimizer", "runs.py", "                if state:", "                if False:",
+    ("a step with NaN", "runs.py", "if all(map(math.isfinite, sum(losses, []) + list(norms))):", "if True:",
+     "test_runs.py::test_a_step_that_is_not_finite_is_reproduced_from_its_report"),
+    ("a resume that forgets the optimizer", "runs.py", "            if state:", "            if False:",
      "test_runs.py::test_state_resumes_bit_for_bit"),
+    # several processes
+    ("each process counts its own share", "../train_sft.py", "for row in chosen for response in row.responses)     #",
+     "for part in parts[dist.rank()] for i in part for response in chosen[i].responses)     #", f"{SAME}[sft-two processes]"),
+    ("gradients that nobody adds up", "dist.py", "waiting.append(distributed.all_reduce(parameter.grad, async_op=True))", "pass", f"{SAME}[sft-two processes]"),
+    ("a loss of one process in the log", "../train_sft.py", "loss=sum(map(sum, losses))", "loss=sum(losses[0])", f"{SAME}[sft-two processes]"),
+    ("early stop, KL and logs of one process", "../train_ppo.py", "sum(numbers.get(name, 0.0) for numbers in told)", "told[0].get(name, 0.0)", f"{SAME}[ppo-two processes]"),
+    ("a rollout of one process", "../train_ppo.py", "    for tensor in tensors:\n        dist.add(tensor)\n", "", f"{SAME}[ppo-two processes]"),
 ]
 
 
@@ -246,6 +255,8 @@ def run_in_copy(folder, tests, fault=None):
     """Copies code and tests, puts the fault in, runs these tests in a process of its own.  -> (exit code, what it printed)"""
     for part in ("nanorlhf", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ROOT.glob("train_*.py"):
+        shutil.copy(script, folder)
     if fault:
         name, old, new = fault
         path = folder / "nanorlhf" / name
