@@ -289,7 +289,7 @@ def main(config):
            step=f"{config.groups} prompts x {config.k} responses, {config.epochs} epochs x {config.minibatches} minibatches; {config.steps} steps",
            objective=f"score - beta KL, beta {config.kl_coef}{f' adapted to {config.kl_target} nats' if config.kl_target else ''}, gamma {config.gamma}, "
                      f"lambda {config.lam}, clip {config.clip}, temperature {config.temperature}",
-           numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, eps {ADAM_EPS}, "
+           numbers=f"{config.dtype} on {device}, {dist.world()} process{'es' * (dist.world() > 1)} of {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, eps {ADAM_EPS}, "
                    f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0", machine=meter)
     fresh = {"step": 0, "kl_coef": float(config.kl_coef), "skipped": 0, "in_a_row": 0}
     state = runs.load(config, policy, optimizer, fresh) if resuming else fresh

@@ -179,8 +179,8 @@ def main(config):
            dropped=f"{dict(+(found.dropped + reasons)) or 'nothing'}",
            step=f"{config.groups} groups, about {config.groups * sum(r.columns for r in rows) // len(rows)} columns; {config.steps} steps = "
                 f"{config.steps * config.groups / len(rows):.2f} epochs",
-           numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "
-                   f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
+           numbers=f"{config.dtype} on {device}, {dist.world()} process{'es' * (dist.world() > 1)} of {torch.get_num_threads()} threads, "
+                   f"AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
            machine=meter, loss={"ranking": f"-log sigmoid of every pair's margin, pairs {config.pairs}", "classification": "BCE, good and bad equal within a group",
                  "quantile": f"{config.rank_coef} ranking of means + {config.quantile_coef} quantile Huber, kappa {config.kappa}, target "
                              f"{config.quantile_target}"}[config.loss] + f"; labels {config.labels}")

@@ -94,8 +94,8 @@ def main(config):
            dropped=f"{dict(+(found.dropped + reasons)) or 'nothing'}",
            step=f"{config.groups} groups, about {config.groups * sum(r.columns for r in rows) // len(rows)} columns; {config.steps} steps = "
                 f"{config.steps * config.groups / len(rows):.2f} epochs",
-           numbers=f"{config.dtype} on {device}, {torch.get_num_threads()} threads, AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "
-                   f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
+           numbers=f"{config.dtype} on {device}, {dist.world()} process{'es' * (dist.world() > 1)} of {torch.get_num_threads()} threads, "
+                   f"AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0",
            machine=meter, loss="mean over response tokens and EOS of the whole step")
     fresh = {"step": 0, "skipped": 0, "in_a_row": 0}
     state = runs.load(config, policy, optimizer, fresh) if resuming else fresh
