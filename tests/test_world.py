@@ -410,7 +410,7 @@ def test_small_models_load_and_are_the_seeds_alone(family, exact, texts, tmp_pat
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         small.write(tmp_path / name, family, texts, seed)
     files = {name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "abc"}
-    assert files["a"] == files["b"] and {name for name in files["a"] if files["a"][name] != files["c"][name]} == {"model.safetensors"}
+    assert files["a"] == files["b"] and {name for name in files["a"] if files["a"][name] != files["c"][name]} == {"model.safetensors", "SHA256SUMS"}
     policy = checkpoint.load_policy(tmp_path / "a")
     tok, trunk = policy.tokenizer, policy.trunk
     assert trunk.family == family and trunk.config.context == small.CONTEXT and trunk.width == small.WIDTH
