@@ -135,6 +135,6 @@ def adapt_kl_coef(kl_coef, kl, target, n, horizon):
 
 def explained_variance(values, returns, mask):
     """1 - Var(G - V) / Var(G): 1 is a perfect critic, 0 a constant one, below 0 worse than a constant.  -> float (0 where G is constant)"""
-    v, g = _inside(values, mask)[mask].double(), _inside(returns, mask)[mask].double()
+    v, g = values[mask].double(), returns[mask].double()
     spread = g.var(unbiased=False).item() if len(g) else 0.0
     return 1 - (g - v).var(unbiased=False).item() / spread if spread > 1e-12 else 0.0
