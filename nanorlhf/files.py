@@ -3,6 +3,7 @@
 SHA256SUMS lists a folder's files as `sha256sum -c SHA256SUMS` reads it. While files are replaced it has a line for the old and one for
 the new content of each, so that a kill at any instant leaves no file that looks damaged.
 """
+import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -40,6 +41,19 @@ def _rename(besides):
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def hold(folder):
+    """The folder is this process's until the descriptor that it gets is closed, or it ends, however. Raises BlockingIOError where another has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        pass                                     # a file system that has no locks
+    return descriptor
 
 
 def halves(folder):

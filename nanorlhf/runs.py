@@ -6,7 +6,6 @@ RUN/nonfinite-000057.safetensors   weights and rows of a step whose loss or grad
 RUN/SHA256SUMS                     of these files; RUN/model/ has its own
 """
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from . import dist
 from .batching import Row
 from .checkpoint import read_json, save_tensors
 from .config import InputError, parse_json
-from .files import SUMS, broken, damage, halves, replace_all, sums
+from .files import SUMS, broken, damage, halves, hold, replace_all, sums
 
 KEEP = 2                   # states: if the newest is damaged, the one before is there
 PATIENCE = 3               # steps in a row that are not finite, until the run stops
@@ -92,16 +91,13 @@ HELD = []                  # the lock on this process's run folder: it goes with
 
 
 def _hold(out):
-    """The folder is ours: of two runs in it each would take away the other's files. Not on file systems that have no locks."""
+    """Of two runs in one folder each would take away the other's files."""
     while HELD:
         os.close(HELD.pop())
-    HELD.append(os.open(out, os.O_RDONLY))
     try:
-        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        HELD.append(hold(out))
     except BlockingIOError:
         raise InputError(f"--out {out}: another process is at work there; wait for it, or stop it") from None
-    except OSError:
-        return
 
 
 def begin(config, script, parent):
@@ -155,9 +151,11 @@ def _about(path):
 
 
 def load(config, model, optimizer, fresh):
-    """Fills model and optimizer, at every process, from the newest state that is whole.  fresh: the numbers of a new run  ->  those of this one"""
+    """Fills the optimizer at every process, the model at process 0, from the newest state that is whole; dist.share(model) is next, as in a new run.
+
+    fresh: the numbers of a new run  ->  those of this one
+    """
     numbers = dist.first(lambda: _load(config, model, optimizer, {**fresh, "threads": 1, "processes": 1}))
-    dist.share(model.parameters())
     if numbers["moments"]:
         for parameter in model.parameters():
             if dist.rank() > 0:

@@ -6,7 +6,6 @@
 The same command again goes on where it was. Stages run side by side, one thread each: small models are faster that way.
 """
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -25,7 +24,7 @@ from typing import Literal
 from ..checkpoint import read_json
 from ..config import InputError, check, run
 from ..dist import CODES, Stopped
-from ..files import replace
+from ..files import hold, replace
 from ..log import header
 
 
@@ -154,12 +153,12 @@ def carry_out(stages, done, workers, out, record):
 @contextlib.contextmanager
 def alone(out):
     """The folder is this process's until it leaves, however it ends: two studies in one folder would write over each other."""
-    folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        folder = hold(out)
     except BlockingIOError:
         raise InputError(f"--out {out}: another study is at work there; wait for it, or stop it") from None
+    try:
+        yield
     finally:
         os.close(folder)
 
