@@ -313,7 +313,8 @@ class Llama(nn.Module):
         only = at if at is None or index is None else torch.searchsorted(index, at).clamp(max=len(index) - 1)
         sight, last = Sight(sees, cache, places), len(self.blocks) - 1
         x = self.embed_tokens(pick(tokens))                            # (n,D)
-        angle = pick(positions)[:, None, None] * self.frequencies.to(x.device)    # (n,1,d/2) float32
+        self.frequencies = self.frequencies.to(x.device)               # once: a graph of decoding steps may not copy from the host
+        angle = pick(positions)[:, None, None] * self.frequencies      # (n,1,d/2) float32
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for layer, block in enumerate(self.blocks):
             run = block if cache is None else block.forward            # compiled, a decoding step would cast every weight anew under autocast

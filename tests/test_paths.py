@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanorlhf import dist, generate, gpt2, heads, llama, losses, optim, ppo, speed
 from nanorlhf.batching import Row, pack_rows
@@ -467,3 +468,37 @@ def test_who_is_tuned(monkeypatch):
     with torch.no_grad():
         trunk.h[0].mlp.c_fc.weight.zero_()
     assert trunk.h[0].mlp.c_fc(x).var(0).max() == 0 < copied.h[0].mlp.c_fc(x).var(0).min()
+
+
+# ------------------------------------------------------------------------------------------- crossings of devices, on meta
+
+class Crossings(TorchDispatchMode):
+    """Lists the operations whose tensors lie on different devices. A number (no dimensions) on the CPU is passed by value."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        if len({x.device.type for x in tensors if x.dim()}) > 1:
+            self.found.append(str(operation))
+        return result
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_decoding_copies_nothing_from_the_host_after_the_first_forward(family):
+    # A CUDA graph refuses a copy from the host while it records, and elsewhere such a copy makes every token wait.
+    # LLaMA's rope table is no parameter, so `.to(device)` leaves it behind: the first forward may take it along.
+    trunk = TRUNKS[family]().to("meta")
+    with torch.no_grad():
+        cache = trunk.new_cache(2, 12, fixed=True)
+        tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
+        cache.used = 3                               # as behind a prompt: laying a prompt out asks the device, which meta cannot answer
+        with Crossings() as first:
+            trunk.hidden(tokens, tokens, tokens, cache)
+        with Crossings() as later:
+            trunk.hidden(tokens, tokens, tokens, cache)
+    assert len(first.found) == (family == "llama")   # the table itself, so the count can see it
+    assert later.found == []
