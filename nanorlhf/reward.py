@@ -6,6 +6,7 @@ score_texts(prompts, responses, ended) -> (B,K). B prompts, K responses each, N 
 import importlib.util
 import math
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -121,6 +122,21 @@ class RewardModel:
         return (raw - self.mean) / self.std
 
 
+def _import(path):
+    """The module in a file, which may import modules that lie beside it."""
+    name = f"nanorlhf_user_{Path(path).stem}"                # a file called json.py takes no other module's place
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)                              # last: what is installed goes before what lies beside
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)       # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:                 # a script that parses its own command line exits
+        raise InputError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from None
+    return module
+
+
 class FunctionReward:
     """`path.py:function` with (prompts, responses) -> scores, both flat lists of str of one length. Runs the user's code."""
 
@@ -128,12 +144,7 @@ class FunctionReward:
         path, _, name = spec.rpartition(":")
         if not Path(path).is_file():
             raise InputError(f"{spec}: no file {path}")
-        try:
-            module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(path).stem, path))
-            found.loader.exec_module(module)
-        except (Exception, SystemExit) as error:             # a script that parses its own command line exits
-            raise InputError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from None
-        self.function, self.spec = getattr(module, name, None), spec
+        self.function, self.spec = getattr(_import(path), name, None), spec
         if not callable(self.function):
             raise InputError(f"{spec}: {path} has no function {name!r}")
 

@@ -1,4 +1,7 @@
 """Rewards of texts: a batch equals its texts one by one, BOS and EOS stand where they belong, normalisation happens once; functions."""
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -194,6 +197,30 @@ def test_tensors_and_generators_are_scores_too(tmp_path):
     for returned in ("torch.tensor([1.0, 2.0])", "torch.tensor([[1.0], [2.0]])", "(x for x in (1, 2))", "['1', '2']"):
         reward = function(tmp_path, f"import torch\ndef f(prompts, responses):\n    return {returned}\n")
         assert reward.score_texts(["p"], [["x", "y"]], [[True, True]]).tolist() == [[1, 2]]
+
+
+def test_a_function_may_use_dataclasses_and_modules_beside_it(tmp_path):
+    # `from __future__ import annotations` leaves a dataclass's types as text, which it looks up in sys.modules
+    (tmp_path / "marks_beside.py").write_text("WORTH = 3.0\n")
+    reward = function(tmp_path, textwrap.dedent("""
+        from __future__ import annotations
+        from dataclasses import dataclass
+        from marks_beside import WORTH
+
+        @dataclass
+        class Mark:
+            value: float
+
+        def f(prompts, responses):
+            return [Mark(WORTH + len(text)).value for text in responses]
+    """))
+    assert reward.score_texts(["p"], [["ab", "a"]], [[True, True]]).tolist() == [[5, 4]]
+
+
+def test_a_file_of_a_library_s_name_takes_no_library_s_place(tmp_path):
+    (tmp_path / "json.py").write_text("def f(prompts, responses):\n    return [1.0 for _ in responses]\n")
+    assert FunctionReward(f"{tmp_path / 'json.py'}:f").score_texts(["p"], [["a"]], [[True]]).tolist() == [[1]]
+    assert sys.modules["json"].dumps([1]) == "[1]"
 
 
 def test_what_is_a_function():
