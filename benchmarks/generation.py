@@ -11,9 +11,12 @@ from importlib import metadata
 import torch
 
 from benchmarks import side_by_side as bench
-from nanorlhf import checkpoint, data, dist, generate, speed
-from nanorlhf.batching import Row, pack_rows
-from nanorlhf.config import InputError, run
+from nanorlhf.batching import Row, Stream, pack_rows
+from nanorlhf.generate import Sampling, generate
+from nanorlhf.io import data, hub
+from nanorlhf.io.read import InputError
+from nanorlhf.run import dist, kernels, precision, speed
+from nanorlhf.run.cli import run_script
 
 PROMPTS, LENGTH, K, NEW = 4, 200, 4, 24
 NEVER = -1                                       # as EOS: no token is it, so that every sample has all its tokens, as the peer's have
@@ -41,22 +44,22 @@ def sampling(job):
     """Our side, in a process of its own.  job: as the peer's  ->  Side; in the place of losses the log-probabilities that are compared"""
     torch.set_num_threads(bench.THREADS)
     device = dist.setup("cpu", job["seed"])                  # as our scripts do
-    policy = checkpoint.load_policy(job["model"])
-    speed.tune(policy.trunk, device, job["dtype"])
+    policy = hub.load_policy(job["model"])
+    kernels.choose_kernels(policy.trunk, device, job["dtype"])
     looked, seconds, share = [], [], []
     for prompt in job["prompts"]:                            # as responses beside each other: the continuation, and every probe by itself
         logprobs = policy(pack_rows([Row(prompt, [job["continuation"], *([token] for token in job["probe"])])])).logprobs[0]
         looked += logprobs[1:, 0].tolist() + logprobs[0].tolist()
-    numbers, limit = range(len(job["prompts"])), speed.product_rate(device, job["dtype"])
+    numbers, limit = range(len(job["prompts"])), speed.measured_flops(device, job["dtype"])
     for step in range(job["steps"]):
         began = time.perf_counter()
-        with dist.autocast(policy, job["dtype"]):
-            texts = generate.sample(policy.trunk, job["prompts"], numbers, job["k"], job["max_new"], NEVER, job["seed"], generate.SAMPLE, step,
-                                    job["temperature"])
+        with precision.autocast(policy, job["dtype"]):
+            sampling = Sampling(job["k"], job["max_new_tokens"], NEVER, job["seed"], Stream.SAMPLE, job["temperature"])
+            texts = generate(policy.trunk, job["prompts"], numbers, sampling, step)
         seconds.append(time.perf_counter() - began)
-        assert [[len(ids) for ids in samples] for samples in texts] == [[job["max_new"]] * job["k"]] * len(numbers)
-        share.append(speed.forward_operations(policy.trunk, list(map(Row, job["prompts"], texts)), head=True) / seconds[-1] / limit)
-    return bench.Side(seconds, looked, bench.peak_gb(), {"torch": metadata.version("torch")}, {"share": share})
+        assert [[len(ids) for ids in samples] for samples in texts] == [[job["max_new_tokens"]] * job["k"]] * len(numbers)
+        share.append(speed.forward_flops(policy.trunk, list(map(Row, job["prompts"], texts)), head=True) / seconds[-1] / limit)
+    return bench.Side(seconds, looked, bench.peak_gb(), {"torch": metadata.version("torch")}, {"mfu": share})
 
 
 def ours(job):
@@ -73,10 +76,10 @@ def main(config):
     with bench.work_folder() as work:
         tok = bench.save_policy(config, work / "policy")
         prompts = [tok.encode_prompt(group.prompt)[:LENGTH] for group in passages(config, tok, LENGTH, 400, PROMPTS)]
-        job = {"model": str(work / "policy"), "prompts": prompts, "k": K, "max_new": NEW, "temperature": 1.0, "dtype": config.dtype, "seed": bench.SEED,
+        job = {"model": str(work / "policy"), "prompts": prompts, "k": K, "max_new_tokens": NEW, "temperature": 1.0, "dtype": config.dtype, "seed": bench.SEED,
                "steps": config.steps, "probe": list(range(0, tok.vocab_size, -(-tok.vocab_size // PROBES))), "continuation": tok.encode(" Who saw the fox?")}
         return bench.measure(config, row, lambda: ours(job), python and (lambda: bench.run_peer(python, "hf_generate.py", job, work)), SAME, SAME)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

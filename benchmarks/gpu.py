@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks import limit, table
-from nanorlhf import dist, gpt2, llama, speed
+from nanorlhf import gpt2, llama
 from nanorlhf.batching import micro_batches, pack_rows
-from nanorlhf.config import InputError, check, run
 from nanorlhf.heads import Policy
+from nanorlhf.io.read import InputError
 from nanorlhf.losses import sft_loss
+from nanorlhf.run import dist, kernels, precision, speed
+from nanorlhf.run.cli import check_bounds, run_script
 
 BYTES_EACH = 16                                  # a parameter's weight, gradient and two moments in float32
 ROWS = {"prompt": 384, "response": 96, "k": 4}   # of a training step
@@ -41,10 +43,10 @@ def limits(device, dtype, width, squares=(4096, 8192, 16384)):
 
 def train(work, trunk, device, config, dtype="bfloat16", compile=True, **shapes):
     """Numbers of train_rm.py's or train_sft.py's step."""
-    speed.tune(trunk.to(device), device, dtype, compile)
+    kernels.choose_kernels(trunk.to(device), device, dtype, compile)
     rows = limit.random_rows(config.groups, trunk.config.vocab_size, **{**ROWS, **shapes})
-    plan = micro_batches([row.columns for row in rows], config.max_tokens)
-    sizes = [sum(rows[i].columns for i in part) for part in plan]
+    plan = micro_batches([row.num_tokens for row in rows], config.max_tokens)
+    sizes = [sum(rows[i].num_tokens for i in part) for part in plan]
     step = limit.training(work, trunk, device, dtype, config.max_tokens)
     return limit.alternate(step, [rows] * config.rounds, device, *limits(device, dtype, trunk.width, **({} if compile else {"squares": (64,)}))) | {
         "padding": 1 - sum(sizes) / sum(size + (-size % speed.BLOCK if trunk.flex else 0) for size in sizes)}
@@ -61,8 +63,8 @@ def flex_or_dense(trunk, rows, device, dtype="bfloat16", repeats=3):
 
         def work():
             policy.zero_grad()
-            with dist.autocast(policy, dtype), torch.set_grad_enabled(device.type == "cuda"):
-                loss = sft_loss(policy(batch).logprobs, batch.mask)
+            with precision.autocast(policy, dtype), torch.set_grad_enabled(device.type == "cuda"):
+                loss = sft_loss(policy(batch).logprobs, batch.response_mask)
             if loss.requires_grad:
                 loss.backward()
             return loss.item()
@@ -77,7 +79,7 @@ def flex_or_dense(trunk, rows, device, dtype="bfloat16", repeats=3):
 
 
 def main(config):
-    check(config, groups=(1, None), max_tokens=(1, None), samples=(4, None), rounds=(1, None))
+    check_bounds(config, groups=(1, None), max_tokens=(1, None), samples=(4, None), rounds=(1, None))
     if not torch.cuda.is_available():
         raise InputError("benchmarks.gpu needs a CUDA GPU, and there is none here")
     device = dist.setup("cuda", 0)
@@ -106,7 +108,7 @@ def main(config):
                         machine=name))
     clear()
     trunk = large()
-    speed.tune(trunk, device, "bfloat16", True)
+    kernels.choose_kernels(trunk, device, "bfloat16", True)
     flex, dense, *apart = flex_or_dense(trunk, limit.random_rows(config.groups // 4 or 1, trunk.config.vocab_size, **ROWS), device)
     print(f"FlexAttention beside dense masks: losses differ by {apart[0]:.2g}, gradients by {apart[1]:.2g} of themselves")
     if not (apart[0] < 3e-3 and apart[1] < 5e-2):
@@ -118,4 +120,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

@@ -19,7 +19,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.table import HERE, THREADS, machine, peak_gb
-from nanorlhf.config import InputError, check, run
+from nanorlhf.io.read import InputError
+from nanorlhf.run import kernels
+from nanorlhf.run.cli import check_bounds, run_script
 
 BASE = {"k": 4, "prompt": 256, "new": 32, "layers": 4, "width": 256}       # where the other two grow; new: tokens of a response
 SWEEPS = {"responses a prompt (K)": [{"k": k} for k in (1, 2, 4, 8, 16)], "tokens of the prompt": [{"prompt": n} for n in (64, 128, 256, 512, 1024)],
@@ -43,15 +45,18 @@ def side_of(name, point, prompt, responses):
     """-> (model, a function that gives the loss). Ours is one row, the peer's are K; "lean" projects responses alone, as ours does"""
     shape = {"vocab_size": 50257, "n_positions": POSITIONS, "n_embd": point["width"], "n_layer": point["layers"], "n_head": point["width"] // 64}
     if name == "ours":
-        from nanorlhf import dist, gpt2, losses, speed       # here, because the peer's environment runs this file too
+        from nanorlhf import gpt2, losses
         from nanorlhf.batching import Row, pack_rows
         from nanorlhf.heads import Policy
+        from nanorlhf.run import (  # here, because the peer's environment runs this file too
+            dist,
+        )
         model = Policy(gpt2.GPT2(gpt2.GPT2Config(**shape)))
-        speed.tune(model.trunk, dist.setup("cpu", 0), "float32")     # as our scripts do
+        kernels.choose_kernels(model.trunk, dist.setup("cpu", 0), "float32")     # as our scripts do
 
         def loss():
             batch = pack_rows([Row(prompt, responses)])
-            return losses.sft_loss(model(batch).logprobs, batch.mask)
+            return losses.sft_loss(model(batch).logprobs, batch.response_mask)
     else:
         from transformers import GPT2Config, GPT2LMHeadModel
         model = GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
@@ -146,7 +151,7 @@ def draw(sweeps, path):
 
 
 def main(config):
-    check(config, runs=(1, None))
+    check_bounds(config, runs=(1, None))
     if config.point:
         print(json.dumps(step_figures(**json.loads(config.point))))
         return
@@ -160,4 +165,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

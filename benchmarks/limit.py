@@ -15,9 +15,13 @@ import torch
 import train_rm
 from benchmarks import reward_fairytale, table
 from benchmarks import side_by_side as bench
-from nanorlhf import checkpoint, dist, generate, gpt2, heads, losses, optim, speed
-from nanorlhf.batching import Row, ahead, micro_batches
-from nanorlhf.config import InputError, check, run
+from nanorlhf import gpt2, heads, losses
+from nanorlhf.batching import Row, Stream, micro_batches, prefetch
+from nanorlhf.generate import Sampling, generate
+from nanorlhf.io import hub
+from nanorlhf.io.read import InputError
+from nanorlhf.run import dist, kernels, optim, precision, speed
+from nanorlhf.run.cli import check_bounds, run_script
 
 NEW, NEVER = 24, -1                              # tokens of a sample; as EOS: no token is it
 NAMES = {"rm": "the reward-model step", "sft": "the supervised step", "decode": "decoding"}
@@ -51,7 +55,7 @@ def product_rate(device, dtype, width, squares, rows=(300, 2800)):
     found = {}
     for m, k, n in [(n, n, n) for n in squares] + [(m, width, out * width) for m in rows for out in (3, 4)] + [(m, 4 * width, width) for m in rows]:
         a, b = torch.randn(m, k, device=device).to(DTYPES[dtype]), torch.randn(k, n, device=device).to(DTYPES[dtype])
-        ways = [torch.mm] + [lambda x, y: speed.onednn(x, y.t())] * (device.type == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available())
+        ways = [torch.mm] + [lambda x, y: kernels.onednn(x, y.t())] * (device.type == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available())
         for multiply in ways:
             found[2 * m * k * n / usual_seconds(lambda: multiply(a, b), device)] = (m, k, n)
     return max(found), found[max(found)]
@@ -74,28 +78,28 @@ def rows_of(config, vocab, n):
         return random_rows(n, vocab)
     if not Path(config.data).is_dir():
         raise InputError(f"--data {config.data}: no such folder; it (or NANORLHF_DATA) holds FairytaleQAData and tokenizers")
-    return bench.choose(reward_fairytale.ranked(config.data), checkpoint.load_tokenizer(Path(config.data) / "tokenizers"), n)[1]
+    return bench.choose(reward_fairytale.ranked(config.data), hub.load_tokenizer(Path(config.data) / "tokenizers"), n)[1]
 
 
 def training(work, trunk, device, dtype, max_tokens=4096):
     """-> step(rows): one optimizer step of train_rm.py or train_sft.py; (operations, bytes that a matrix product does not hide, seconds in AdamW)"""
     head = work == "sft"
-    model = heads.Policy(trunk) if head else heads.Scorer(trunk)
-    head or model.draw_head()
+    model = heads.Policy(trunk) if head else heads.RewardModel(trunk)
+    head or model.init_head()
     optimizer, how = optim.adamw(model.to(device), bench.LR), train_rm.Config(data="", init="", out="")
 
     def step(rows):
-        plan, count = micro_batches([row.columns for row in rows], max_tokens), train_rm.counts(rows, how)
-        for batch in ahead(rows, plan, device):
-            with dist.autocast(model, dtype):
+        plan, count = micro_batches([row.num_tokens for row in rows], max_tokens), train_rm.counts(rows, how)
+        for batch in prefetch(rows, plan, device):
+            with precision.autocast(model, dtype):
                 output = model(batch)
-            part = losses.sft_loss(output.logprobs, batch.mask, sum(len(response) for row in rows for response in row.responses)) if head \
+            part = losses.sft_loss(output.logprobs, batch.response_mask, sum(len(response) for row in rows for response in row.responses)) if head \
                 else train_rm.reward_loss(output, batch, count, how)
             part.backward()
             part.item()
         began = speed._now(device)
         optim.update(model, optimizer, bench.LR, optim.gradient_norm(model))
-        return 3 * speed.forward_operations(trunk, rows, head), 0, speed._now(device) - began
+        return 3 * speed.forward_flops(trunk, rows, head), 0, speed._now(device) - began
     return step
 
 
@@ -104,12 +108,12 @@ def decoding(trunk, device, dtype, k=4, new=NEW):
     trunk.to(device)
 
     def step(rows):
-        with dist.autocast(trunk, dtype):
-            generate.sample(trunk, [row.prompt for row in rows], range(len(rows)), k, new, NEVER, 0, generate.SAMPLE, 0)
+        with precision.autocast(trunk, dtype):
+            generate(trunk, [row.prompt for row in rows], range(len(rows)), Sampling(k, new, NEVER, 0, Stream.SAMPLE), 0)
         weights = sum(p.numel() for p in trunk.parameters()) - (trunk.wpe.weight.numel() if hasattr(trunk, "wpe") else 0)
         seen = sum((len(row.prompt) + k * (r + 1)) for row in rows for r in range(new - 1))
         read = DTYPES[dtype].itemsize * ((new - 1) * weights + 2 * len(trunk.blocks) * trunk.width * seen)
-        return speed.forward_operations(trunk, [Row(row.prompt, [row.prompt[-1:]]) for row in rows], True), read, 0
+        return speed.forward_flops(trunk, [Row(row.prompt, [row.prompt[-1:]]) for row in rows], True), read, 0
     return step
 
 
@@ -124,7 +128,7 @@ def alternate(step, batches, device, rate, flow):
         limits.append((*rate(), flow()))
         near = [sum(pair) / 2 for pair in zip(*((limit[0], limit[2]) for limit in limits[-2:]))]     # before and after
         bound = operations / near[0] + read / near[1]
-        found.append({"seconds": seconds, "bound": bound, "share": bound / seconds, "columns": sum(row.columns for row in rows), "operations": operations,
+        found.append({"seconds": seconds, "bound": bound, "share": bound / seconds, "columns": sum(row.num_tokens for row in rows), "operations": operations,
                       "adamw": adamw, "limit": near[0], "bandwidth": near[1]})
     return {name: median(one[name] for one in found) for name in found[0]} | {"shape": max(limits)[1], "spread": sorted(one["seconds"] for one in found)}
 
@@ -139,11 +143,11 @@ def written(config, work, against, goal, found, record, **more):
 
 
 def main(config):
-    check(config, groups=(1, None), rounds=(1, None))
+    check_bounds(config, groups=(1, None), rounds=(1, None))
     device, tiny = dist.setup("cpu", bench.SEED), config.size == "tiny"
     torch.set_num_threads(table.THREADS)
     trunk = gpt2.GPT2(replace(gpt2.SIZES["gpt2"], **(bench.TINY if tiny else {})))
-    speed.tune(trunk, device, config.dtype)
+    kernels.choose_kernels(trunk, device, config.dtype)
     rows = rows_of(config, trunk.config.vocab_size, config.groups * config.rounds)
     step = decoding(trunk, device, config.dtype) if config.work == "decode" else training(config.work, trunk, device, config.dtype)
     found = alternate(step, [rows[i::config.rounds] for i in range(config.rounds)], device,
@@ -165,4 +169,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import checkpoint, dist, gpt2, tokenizer
+from nanorlhf import gpt2
 from nanorlhf.batching import Row, pack_rows
-from nanorlhf.config import check, run
-from nanorlhf.heads import CHUNK, Policy, Scorer
+from nanorlhf.heads import LOGITS_CHUNK, Policy, RewardModel
+from nanorlhf.io import hub, tokenizer
+from nanorlhf.run import precision
+from nanorlhf.run.cli import check_bounds, run_script
 
 TRAINED, FROZEN, GB = 16, 4, 2**30       # bytes a parameter: weight, gradient and two moments in float32; a weight alone
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,16 +60,16 @@ def counted(model):
         yield found
 
 
-def a_layer(family, config, dtype, columns, recompute):
+def a_layer(family, config, dtype, columns, activation_checkpointing):
     """Bytes that the backward of `columns` columns needs, without logits.  -> (of two layers, of each more); rows of a 256-token prompt, four times 64"""
     found = {}
     for layers in (2, 3):
-        model = Scorer(family(with_layers(config, layers)))
-        model.trunk.recompute = recompute
-        model.draw_head()
+        model = RewardModel(family(with_layers(config, layers)))
+        model.trunk.activation_checkpointing = activation_checkpointing
+        model.init_head()
         for rows in (1, 2):
             batch = pack_rows([Row([1] * 256, [[2] * 64] * 4)] * rows)
-            with counted(model) as held, dist.autocast(model, dtype):
+            with counted(model) as held, precision.autocast(model, dtype):
                 model(batch)
             found[layers, rows] = sum(storage.nbytes() for storage in held.values())
         del model, held                          # before the next one is made
@@ -76,11 +78,11 @@ def a_layer(family, config, dtype, columns, recompute):
     return two, three - two
 
 
-def kept(family, config, dtype, columns, recompute):
-    """Bytes of the whole model. With recompute, blocks keep their inputs, and one at a time all the rest."""
+def kept(family, config, dtype, columns, activation_checkpointing):
+    """Bytes of the whole model. With activation_checkpointing, blocks keep their inputs, and one at a time all the rest."""
     more = (config.n_layer if family is gpt2.GPT2 else config.num_hidden_layers) - 2
-    two, each = a_layer(family, config, dtype, columns, recompute)
-    return two + more * each + (a_layer(family, config, dtype, columns, False)[1] if recompute else 0)
+    two, each = a_layer(family, config, dtype, columns, activation_checkpointing)
+    return two + more * each + (a_layer(family, config, dtype, columns, False)[1] if activation_checkpointing else 0)
 
 
 def stage(name, trained, frozen, backward, logits):
@@ -89,11 +91,11 @@ def stage(name, trained, frozen, backward, logits):
     return {"stage": name, **{key: value / GB for key, value in parts.items()}, "sum": sum(parts.values()) / GB}
 
 
-def stages(policy, reward, dtype, max_tokens, recompute=False):
+def stages(policy, reward, dtype, max_tokens, activation_checkpointing=False):
     """policy, reward: (class, config)  ->  a line for each of the three scripts"""
-    wide = 3 * 4 * CHUNK * policy[1].vocab_size          # one chunk's logits, their softmax and gradient in float32
+    wide = 3 * 4 * LOGITS_CHUNK * policy[1].vocab_size          # one chunk's logits, their softmax and gradient in float32
     p, r = parameters(*policy), parameters(*reward, head=False)
-    own, theirs = (kept(*model, dtype, max_tokens, recompute) for model in (policy, reward))
+    own, theirs = (kept(*model, dtype, max_tokens, activation_checkpointing) for model in (policy, reward))
     return [stage("train_sft.py", p, 0, own, wide), stage("train_rm.py", r, 0, theirs, 0), stage("train_ppo.py", p, p + r, own, wide)]
 
 
@@ -111,13 +113,13 @@ def measured(config):
         prompt = "the king saw the old house by the river "
         tok = tokenizer.train_bpe([prompt], 270)
         shape = replace(gpt2.SIZES["gpt2"], vocab_size=50257)
-        checkpoint.save_policy(folder / "policy", Policy(gpt2.GPT2(shape)), tok)
+        hub.save_policy(folder / "policy", Policy(gpt2.GPT2(shape)), tok)
         ids = len(tok.encode(prompt))
         lines = [{"prompt": prompt * (256 // ids), "responses": [{"text": " house" * 12, "place": place} for place in range(4)]} for _ in range(32)]
         (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         common = ["--data", "data.jsonl", "--max_tokens", str(config.max_tokens), "--groups", "16", "--steps", "2", "--device", "cpu", "--eval_every", "9"]
         runs = {"train_sft.py": ["--init", "policy"], "train_rm.py": ["--init", "policy"],
-                "train_ppo.py": ["--policy", "policy", "--reward", "train_rm.py-run", "--max_new", "32", "--minibatches", "1", "--epochs", "1"]}
+                "train_ppo.py": ["--policy", "policy", "--reward", "train_rm.py-run", "--max_new_tokens", "32", "--minibatches", "1", "--epochs", "1"]}
         idle = "from nanorlhf import speed; import torch, train_ppo; torch.randn(64, 64) @ torch.randn(64, 64); print(speed.peak_memory(torch.device('cpu')))"
         base = float(subprocess.run([sys.executable, "-c", idle], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
         found = {}
@@ -129,18 +131,18 @@ def measured(config):
 
 
 def main(config):
-    check(config, max_tokens=(512, None))
+    check_bounds(config, max_tokens=(512, None))
     if config.measure:
         small = (gpt2.GPT2, gpt2.SIZES["gpt2"])
         took = measured(config)
         show([{**line, "measured": took[line["stage"]]} for line in stages(small, small, "float32", config.max_tokens)])
         return
-    models = [checkpoint.SIZES[name] for name in (config.policy, config.reward)]
-    for recompute in (False, True):
-        print(f"{config.policy} with {config.reward}, {config.dtype}, micro-batches of {config.max_tokens} columns{', --recompute true' if recompute else ''}\n")
-        show(stages(*models, config.dtype, config.max_tokens, recompute))
+    models = [hub.SIZES[name] for name in (config.policy, config.reward)]
+    for activation_checkpointing in (False, True):
+        print(f"{config.policy} with {config.reward}, {config.dtype}, micro-batches of {config.max_tokens} columns{', --activation_checkpointing true' if activation_checkpointing else ''}\n")
+        show(stages(*models, config.dtype, config.max_tokens, activation_checkpointing))
         print()
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

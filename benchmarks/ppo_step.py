@@ -10,12 +10,13 @@ import torch
 
 from benchmarks import side_by_side as bench
 from benchmarks.generation import passages
-from nanorlhf import checkpoint
-from nanorlhf.config import InputError, run
+from nanorlhf.io import hub
+from nanorlhf.io.read import InputError
+from nanorlhf.run.cli import run_script
 
 RESPONSES, SHORTEST, LONGEST, NEW = 8, 150, 250, 16          # responses a step; tokens of a prompt; tokens of a response
 GOALS, MEMORY_GOAL = {1: 3.5, 4: 12}, 0.6                    # times as fast;  our peak memory over the peer's
-SETTINGS = {"max_new": NEW, "epochs": 4, "temperature": 1.0, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "vf_coef": 0.1,
+SETTINGS = {"max_new_tokens": NEW, "epochs": 4, "temperature": 1.0, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "vf_coef": 0.1,
             "lr": bench.LR}
 PROBE = " Who saw the fox?"                                  # scored behind each prompt by both reward models
 RATIO = {"float32": 1e-3, "bfloat16": 0.2}                   # what the first ratio may be off; trl samples in float32 where it trains in bfloat16
@@ -33,10 +34,10 @@ class Config(bench.Options):
 def never_ends(folder, tok):
     """Weights that never sample EOS, or a step would have fewer tokens on one side: LayerNorm's outputs sum to 0, so against a row
     of constants only its bias counts, and EOS has the logit -0.5 width."""
-    policy = checkpoint.load_policy(folder)
+    policy = hub.load_policy(folder)
     policy.trunk.ln_f.bias.fill_(0.1)
     policy.trunk.wte.weight[tok.eos_id] = -5.0
-    checkpoint.save_policy(folder, policy, tok)
+    hub.save_policy(folder, policy, tok)
 
 
 def checked(side, dtype):
@@ -63,7 +64,7 @@ def main(config):
         bench.save_scorer(work / "policy", work / "scorer")
         groups = passages(config, tok, SHORTEST, LONGEST, RESPONSES // k)
         bench.save_groups(groups, work / "data")
-        scorer = checkpoint.load_reward_model(work / "scorer")
+        scorer = hub.load_reward_model(work / "scorer")
         texts, n = [group.prompt for group in groups], len(groups)
         scores = scorer.score_texts(texts, [[PROBE]] * n, [[False]] * n, normalised=False)[:, 0].tolist()
         flags = SETTINGS | {"data": work / "data", "policy": work / "policy", "reward": work / "scorer", "out": work / "run", "steps": config.steps,
@@ -79,4 +80,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

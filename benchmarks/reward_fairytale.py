@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from benchmarks import side_by_side as bench
-from nanorlhf import data
-from nanorlhf.config import run
+from nanorlhf.io import data
+from nanorlhf.run.cli import run_script
 
 K = 4                                            # questions a passage; one passage a step
 
@@ -46,4 +46,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from benchmarks import side_by_side as bench
 from benchmarks.reward_fairytale import against_trl
-from nanorlhf import data
-from nanorlhf.config import run
+from nanorlhf.io import data
+from nanorlhf.run.cli import run_script
 
 PAIRS = 8                                        # a step
 
@@ -23,4 +23,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

@@ -5,8 +5,8 @@
 from dataclasses import dataclass, replace
 
 from benchmarks import side_by_side as bench
-from nanorlhf import data
-from nanorlhf.config import run
+from nanorlhf.io import data
+from nanorlhf.run.cli import run_script
 
 K = 4                                            # questions of the one passage of a step
 PASSAGES = 2                                     # a step, with --as_is
@@ -35,4 +35,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

@@ -21,10 +21,12 @@ import torch
 
 from benchmarks import table
 from benchmarks.table import HERE, THREADS, peak_gb, record
-from nanorlhf import batching, checkpoint, data, gpt2
-from nanorlhf.config import InputError, check
-from nanorlhf.heads import Policy, Scorer
-from nanorlhf.reward import RewardModel
+from nanorlhf import batching, gpt2
+from nanorlhf.heads import Policy, RewardModel
+from nanorlhf.io import data, hub
+from nanorlhf.io.read import InputError
+from nanorlhf.reward import TextReward
+from nanorlhf.run.cli import check_bounds
 
 ROOT = HERE.parent
 SEED = 0
@@ -59,7 +61,7 @@ class Side:
     losses: list[float]                          # a step; or other numbers that must be the same on both sides
     memory_gb: float                             # greatest resident memory up to the last step
     versions: dict[str, str]
-    found: dict = dataclasses.field(default_factory=dict)    # all else that the run says, by name, a list each: share, padding, ratio_first ...
+    found: dict = dataclasses.field(default_factory=dict)    # all else that the run says, by name, a list each: mfu, padding, ratio_first ...
 
 
 @dataclasses.dataclass
@@ -75,7 +77,7 @@ class Row:
 
 def python_of(config, environment):
     """Checks the flags.  -> the interpreter of the peer's environment, or None where ours alone is run"""
-    check(config, runs=(1, None), steps=(2, None))
+    check_bounds(config, runs=(1, None), steps=(2, None))
     if not config.data or not Path(config.data).is_dir():
         raise InputError(f"--data {config.data or '(none)'}: no such folder; it (or NANORLHF_DATA) holds FairytaleQAData, hh-rlhf, tokenizers")
     if not config.peers:
@@ -99,27 +101,27 @@ def work_folder():
 
 def save_policy(config, folder):
     """Random weights of config.size with the real tokenizer as a Hugging Face folder.  -> its tokenizer"""
-    tok = checkpoint.load_tokenizer(Path(config.data) / "tokenizers")
+    tok = hub.load_tokenizer(Path(config.data) / "tokenizers")
     shape = {} if config.size == "gpt2" else TINY | {"vocab_size": tok.vocab_size}
     torch.manual_seed(SEED)
-    checkpoint.save_policy(folder, Policy(gpt2.GPT2(dataclasses.replace(gpt2.SIZES["gpt2"], **shape))), tok)
+    hub.save_policy(folder, Policy(gpt2.GPT2(dataclasses.replace(gpt2.SIZES["gpt2"], **shape))), tok)
     return tok
 
 
 def save_scorer(init, folder):
     """The scorer that train_rm.py --init INIT --seed SEED starts from, head included, as a Hugging Face folder. The loss check sees that it is."""
     torch.manual_seed(SEED)
-    trunk, tok, _ = checkpoint.start(str(init), "", None, head=False)
-    scorer = Scorer(trunk)
-    scorer.draw_head()
-    checkpoint.save_reward_model(folder, RewardModel(scorer, tok))
+    trunk, tok, _ = hub.init_or_load(str(init), "", None, head=False)
+    scorer = RewardModel(trunk)
+    scorer.init_head()
+    hub.save_reward_model(folder, TextReward(scorer, tok))
 
 
 def choose(groups, tok, n):
     """n groups at random that fit the context whole and give the same tokens encoded apart, as ours, and as one text, as the peers.  -> (groups, rows)"""
     chosen, rows = [], []
-    for i in batching.order(len(groups), SEED, 0):
-        group = dataclasses.replace(groups[i], cut=False)
+    for i in batching.permutation(len(groups), SEED, 0):
+        group = dataclasses.replace(groups[i], truncatable=False)
         found, _ = batching.encode_all([group], tok, gpt2.SIZES["gpt2"].context)
         texts = [tok.encode_prompt(group.prompt + response.text) for response in group.responses]
         if found and texts == [found[0].prompt + ids[:-1] for ids in found[0].responses]:      # the last is EOS
@@ -197,7 +199,8 @@ def summary(name, sides):
     medians, prefix = [median(side.seconds[1:]) for side in sides], "" if name == "ours" else f"{name}_"
     return {f"{name}_seconds": median(s for side in sides for s in side.seconds[1:]), f"{name}_spread": [min(medians), max(medians)],
             f"{name}_memory_gb": max(side.memory_gb for side in sides), f"{name}_losses": sides[0].losses[:8],
-            **{f"{prefix}{what}": median(x for side in sides for x in side.found[what][1:]) for what in ("share", "padding") if what in sides[0].found}}
+            **{f"{prefix}{ours}": median(x for side in sides for x in side.found[theirs][1:])
+               for ours, theirs in (("share", "mfu"), ("padding", "padding")) if theirs in sides[0].found}}
 
 
 def measure(config, row, ours, peer=None, rtol=None, later=None):
@@ -232,9 +235,9 @@ def train_against_trl(config, work, row, groups, per_step, ours, peer):
     ours: (script, its own flags);  peer: (its environment's python or None, script, model folder, group -> examples)
     """
     python, peer_script, model, examples = peer
-    chosen, _ = choose(groups, checkpoint.load_tokenizer(work / "policy"), config.steps * per_step)
+    chosen, _ = choose(groups, hub.load_tokenizer(work / "policy"), config.steps * per_step)
     save_groups(chosen, work / "data")
-    steps = [batching.take(len(chosen), per_step, step, SEED) for step in range(config.steps)]          # as our scripts take them
+    steps = [batching.batch_indices(len(chosen), per_step, step, SEED) for step in range(config.steps)]          # as our scripts take them
     batches = [[example for i in step for example in examples(chosen[i])] for step in steps]
     row = dataclasses.replace(row, against=f"{row.against}, {config.peer}", per_step=row.per_step or sum(map(len, batches)) / len(batches))
     flags = {"data": work / "data", "init": work / "policy", "out": work / "run", "steps": config.steps, "groups": per_step, "lr": LR, "warmup": 0,

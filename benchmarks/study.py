@@ -10,7 +10,8 @@ from typing import Literal
 
 from benchmarks import side_by_side as bench
 from benchmarks import table
-from nanorlhf.config import InputError, check, run
+from nanorlhf.io.read import InputError
+from nanorlhf.run.cli import check_bounds, run_script
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Config:
 
 
 def main(config):
-    check(config, before=(1e-3, None))
+    check_bounds(config, before=(1e-3, None))
     with bench.work_folder() as work:            # fresh: a study that is there would go on
         began = time.perf_counter()
         with open(work / "log", "w") as log:
@@ -38,4 +39,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

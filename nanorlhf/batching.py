@@ -4,22 +4,32 @@
     branch       0 0 0 0 0 0  1 1 1  2 2 2 2  3 3 -1-1
     positions    0 1 2 3 4 5  6 7 8  6 7 8 9  6 7  0 0          each response continues where the prompt ended
 
-First a plan, in integers that can be printed and tested: which groups make a step, which process has them, which share a micro-batch.
-Then tensors: `pack_rows`. Then the device: `ahead`.
+First a plan, in integers that can be printed and tested: which rows make a step, which process has
+them, which share a micro-batch. Then tensors: `pack_rows`. Then the device: `prefetch`.
 
-B groups, K responses a group, R response tokens, T columns, M target values.
+B rows (groups), K responses per group, R response tokens, T columns, M target values.
 """
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from enum import IntEnum
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .config import InputError
-from .data import judge
+from .io.data import Group, derive_labels
+from .io.read import InputError
 
-SHUFFLE = 1                              # purpose of a random stream; generate.py has the others
+
+class Stream(IntEnum):
+    """What random numbers are for: streams that never meet."""
+    SHUFFLE = 1                          # order of the data
+    ROLLOUT = 2                          # responses that PPO learns from
+    EVALUATION = 3                       # responses to held-out prompts
+    SAMPLE = 4                           # responses of nanorlhf.sample
+    MINIBATCH = 5                        # order of PPO's minibatches
 
 
 @dataclass
@@ -33,190 +43,252 @@ class Row:
     targets: list[list[float]] = field(default_factory=list)
 
     @property
-    def columns(self):
-        return len(self.prompt) + sum(map(len, self.responses))
+    def num_tokens(self) -> int:
+        """Columns that the row fills: prompt and responses."""
+        return len(self.prompt) + self.num_response_tokens
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(map(len, self.responses))
 
 
 @dataclass
 class Batch:
-    tokens: torch.Tensor                 # (B,T) int64
-    positions: torch.Tensor              # (B,T) int64
-    branch: torch.Tensor                 # (B,T) int64: 0 prompt, k = 1 .. K response k, -1 padding
-    responses: torch.Tensor              # (B,K,R) int64, padded on the right
-    mask: torch.Tensor                   # (B,K,R) bool: true on response tokens
-    predictor: torch.Tensor              # (B,K,R) int64: the column that predicts this token
-    last: torch.Tensor                   # (B,K) int64: the column of a response's last token
-    valid: torch.Tensor                  # (B,K) bool
-    place: torch.Tensor                  # (B,K) float32; 0 throughout a group without places
-    label: torch.Tensor                  # (B,K) int64: 1, 0, or -1 where a response has none
-    targets: torch.Tensor                # (B,K,M) float32
-    target_mask: torch.Tensor            # (B,K,M) bool
+    tokens: Tensor                       # (B,T) int64
+    positions: Tensor                    # (B,T) int64
+    branch: Tensor                       # (B,T) int64: 0 prompt, k = 1 .. K response k, -1 padding
+    lengths: list[int] | None            # columns of each row, padding is on the right; stays on the host
+    responses: Tensor                    # (B,K,R) int64, padded on the right
+    response_mask: Tensor                # (B,K,R) bool: true on response tokens
+    logit_index: Tensor                  # (B,K,R) int64: the column whose logits predict this token
+    last_index: Tensor                   # (B,K) int64: the column of a response's last token
+    valid: Tensor                        # (B,K) bool: is there such a response?
+    place: Tensor                        # (B,K) float32; 0 throughout a group without places
+    label: Tensor                        # (B,K) int64: 1, 0, or -1 where a response has none
+    targets: Tensor                      # (B,K,M) float32
+    target_mask: Tensor                  # (B,K,M) bool
 
-    def to(self, device, **how):
-        return Batch(*(getattr(self, f.name).to(device, **how) for f in fields(self)))
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lengths"}
 
-    def pin_memory(self):
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+    def to(self, device, **options) -> "Batch":
+        moved = {name: tensor.to(device, **options) for name, tensor in self.tensors().items()}
+        return Batch(lengths=self.lengths, **moved)
+
+    def pin_memory(self) -> "Batch":
+        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
+        return Batch(lengths=self.lengths, **pinned)
 
 
-# ------------------------------------------------------------------------------------------------- text to integers
+# ------------------------------------------------------------------------------ text to integers
 
-def encode(group, tokenizer, index=0, labels="auto", target="label"):
-    """A group of text -> Row. Prompt and responses are encoded apart; EOS follows a response that ended."""
+def encode(group: Group, tokenizer, index=0, labels="auto", target="label") -> Row:
+    """A group of text -> Row. Prompt and responses are encoded apart; EOS follows a response that ended.
+
+    labels, target: which judgements of the group become places, labels and targets, see data.derive_labels.
+    """
     responses = [tokenizer.encode(r.text) + [tokenizer.eos_id] * r.ended for r in group.responses]
     row = Row(tokenizer.encode_prompt(group.prompt), responses, index)
-    judged = judge(group.responses, labels)
-    if judged:
-        row.place, row.label, row.targets = judged.place, judged.label, judged.targets
+    derived = derive_labels(group.responses, labels)
+    if derived:
+        row.place = derived.place
+        row.label = derived.label
+        row.targets = derived.targets
         if target == "scores":
             row.targets = [r.scores or [] for r in group.responses]
     return row
 
 
-def encode_all(groups, tokenizer, max_length, new=0, **how):
-    """Encodes and fits groups into max_length positions, with room for `new` tokens.  -> (rows, what was dropped or cut, by reason)
+def encode_all(
+    groups: list[Group], tokenizer, max_length: int, max_new_tokens: int = 0, **label_options
+) -> tuple[list[Row], Counter]:
+    """Encodes and fits groups into max_length positions, with room for max_new_tokens.
 
+    -> (rows, how many were dropped or cut, by reason)
     A dialogue's prompt loses its beginning, so that the longest response fits whole; a passage that is too long, or a
     response that alone fills the context, is dropped. The end of a response is never cut.
     """
-    rows, reasons = [], Counter()
+    rows = []
+    drop_reasons = Counter()
     for index, group in enumerate(groups):
-        row = encode(group, tokenizer, index, **how)
-        room = max_length - max(map(len, row.responses), default=new)
-        if room < 1:
-            reasons[f"response of {max_length} tokens (--max_length) or more"] += 1
-        elif len(row.prompt) <= room:
+        row = encode(group, tokenizer, index, **label_options)
+        budget = max_length - max(map(len, row.responses), default=max_new_tokens)
+        if budget < 1:
+            drop_reasons[f"response of {max_length} tokens (--max_length) or more"] += 1
+        elif len(row.prompt) <= budget:
             rows.append(row)
-        elif not group.cut:
-            reasons[f"prompt and response over {max_length} tokens (--max_length)"] += 1
+        elif not group.truncatable:
+            drop_reasons[f"prompt and response over {max_length} tokens (--max_length)"] += 1
         else:
-            start = row.prompt[:1] if row.prompt[0] == tokenizer.bos_id and room > 1 else []
-            row.prompt = start + row.prompt[len(row.prompt) - room + len(start):]
+            bos = row.prompt[:1] if row.prompt[0] == tokenizer.bos_id and budget > 1 else []
+            row.prompt = bos + row.prompt[len(row.prompt) - budget + len(bos):]
             rows.append(row)
-            reasons["prompt cut from the left (kept)"] += 1
-    return rows, reasons
+            drop_reasons["prompt cut from the left (kept)"] += 1
+    return rows, drop_reasons
 
 
-# --------------------------------------------------------------------------------------------------------- the plan
+# -------------------------------------------------------------------------------------- the plan
 
-def order(n, seed, epoch, purpose=SHUFFLE):
-    """A permutation of 0 .. n-1 that depends on seed, epoch and purpose alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, epoch, 0, 0])).permutation(n)
-
-
-def take(n, groups, step, seed):
-    """The `groups` items of `step`, out of n: epoch after epoch, each in its own order; a step may span two epochs.  -> list of indices"""
-    first, orders = step * groups, {}
-    for at in range(first, first + groups):
-        if at // n not in orders:
-            orders[at // n] = order(n, seed, at // n)
-    return [int(orders[at // n][at % n]) for at in range(first, first + groups)]
+def permutation(n: int, seed: int, epoch: int, stream: Stream = Stream.SHUFFLE) -> np.ndarray:
+    """A permutation of 0 .. n-1 that depends on seed, epoch and stream alone."""
+    philox = np.random.Philox(key=[seed, stream], counter=[0, epoch, 0, 0])
+    return np.random.Generator(philox).permutation(n)
 
 
-def micro_batches(columns, max_tokens, padded=False):
+def batch_indices(n: int, groups: int, step: int, seed: int) -> list[int]:
+    """The `groups` items of `step`, out of n: epoch after epoch, each in its own order.
+
+    A step may span two epochs. With n = 3, groups = 2 and the orders [2,0,1] and [1,2,0]:
+    step 0 is [2,0], step 1 is [1,1], step 2 is [2,0].
+    """
+    indices = []
+    orders = {}                                  # epoch -> its permutation
+    for position in range(step * groups, (step + 1) * groups):
+        epoch, offset = divmod(position, n)
+        if epoch not in orders:
+            orders[epoch] = permutation(n, seed, epoch)
+        indices.append(int(orders[epoch][offset]))
+    return indices
+
+
+def longest_first(num_tokens: list[int]) -> list[int]:
+    return sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i))
+
+
+def micro_batches(num_tokens: list[int], max_tokens: int, padded: bool = False) -> list[list[int]]:
     """Splits rows into micro-batches of at most max_tokens columns; rows of like length go together.
 
-    columns: length of each row;  padded: each counts as the longest of its batch, as where a cache gives all the same room
-    ->  list of lists of indices into `columns`. A row longer than max_tokens is alone.
+    num_tokens: of each row;  padded: each counts as the longest of its micro-batch, as where a cache gives all the same
+    room  ->  list of lists of indices into `num_tokens`. A row longer than max_tokens is alone.
     """
-    plan, width = [], 0
-    for i in sorted(range(len(columns)), key=lambda i: (-columns[i], i)):
-        cost = columns[plan[-1][0]] if plan and padded else columns[i]
-        if plan and width + cost <= max_tokens:
-            plan[-1].append(i)
-            width += cost
+    batches = []
+    total = 0
+    for i in longest_first(num_tokens):
+        cost = num_tokens[batches[-1][0]] if batches and padded else num_tokens[i]
+        if batches and total + cost <= max_tokens:
+            batches[-1].append(i)
+            total += cost
         else:
-            plan.append([i])
-            width = columns[i]
-    return plan
+            batches.append([i])
+            total = num_tokens[i]
+    return batches
 
 
-def deal(columns, processes):
-    """Whole rows for each process, balanced by columns: the longest first, each to whoever has least. -> a sorted list of indices a process"""
-    shares, loads = [[] for _ in range(processes)], [0] * processes
-    for i in sorted(range(len(columns)), key=lambda i: (-columns[i], i)):
+def partition(num_tokens: list[int], processes: int) -> list[list[int]]:
+    """Whole rows for each process, balanced by columns: the longest first, each to the process that has least.
+
+    -> a sorted list of indices per process
+    """
+    shares = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for i in longest_first(num_tokens):
         least = loads.index(min(loads))
         shares[least].append(i)
-        loads[least] += columns[i]
+        loads[least] += num_tokens[i]
     return [sorted(share) for share in shares]
 
 
-def plans(columns, max_tokens, processes):
-    """A step's micro-batches at each process.  -> for each a list of lists of indices into `columns`; a process may have none"""
-    return [[[share[i] for i in part] for part in micro_batches([columns[i] for i in share], max_tokens)] for share in deal(columns, processes)]
+def plan_micro_batches(rows: list[Row], max_tokens: int, processes: int) -> list[list[list[int]]]:
+    """A step's micro-batches, per process.  -> plan[process][micro-batch] = indices into `rows`; a process may have none"""
+    num_tokens = [row.num_tokens for row in rows]
+    plan = []
+    for share in partition(num_tokens, processes):
+        batches = micro_batches([num_tokens[i] for i in share], max_tokens)
+        plan.append([[share[j] for j in batch] for batch in batches])
+    return plan
 
 
-# ------------------------------------------------------------------------------------------------ integers to tensors
+# ---------------------------------------------------------------------------- integers to tensors
 
-def pack(groups, tokenizer, context=None, **how):
+def pack(groups: list[Group], tokenizer, context: int | None = None, **label_options) -> Batch:
     """Groups of text -> Batch, in the order given. Raises InputError for a group that does not fit `context` positions."""
-    rows, reasons = encode_all(groups, tokenizer, context or sys.maxsize, **how)
+    rows, drop_reasons = encode_all(groups, tokenizer, context or sys.maxsize, **label_options)
     if len(rows) < len(groups):
-        raise InputError("; ".join(f"{n} of {len(groups)} groups: {reason}" for reason, n in reasons.items()))
+        problems = [f"{n} of {len(groups)} groups: {reason}" for reason, n in drop_reasons.items()]
+        raise InputError("; ".join(problems))
     return pack_rows(rows)
 
 
-def pack_rows(rows):
+def pack_rows(rows: list[Row]) -> Batch:
     """Rows -> Batch. Groups may have different K, prompts and responses any length; an absent response is not `valid`."""
-    B, T = len(rows), max(row.columns for row in rows)
+    B = len(rows)
+    T = max(row.num_tokens for row in rows)
     K = max(1, max(len(row.responses) for row in rows))
     R = max([1] + [len(response) for row in rows for response in row.responses])
     M = max([1] + [len(targets) for row in rows for targets in row.targets])
-    zeros = lambda *shape, dtype=np.int64: np.zeros(shape, dtype)
-    tokens, positions, branch = zeros(B, T), zeros(B, T), np.full((B, T), -1)
-    responses, mask, predictor = zeros(B, K, R), zeros(B, K, R, dtype=bool), zeros(B, K, R)
-    last, valid = zeros(B, K), zeros(B, K, dtype=bool)
-    place, label = zeros(B, K, dtype=np.float32), np.full((B, K), -1)
-    targets, target_mask = zeros(B, K, M, dtype=np.float32), zeros(B, K, M, dtype=bool)
+    tokens = np.zeros((B, T), np.int64)
+    positions = np.zeros((B, T), np.int64)
+    branch = np.full((B, T), -1)
+    responses = np.zeros((B, K, R), np.int64)
+    response_mask = np.zeros((B, K, R), bool)
+    logit_index = np.zeros((B, K, R), np.int64)
+    last_index = np.zeros((B, K), np.int64)
+    valid = np.zeros((B, K), bool)
+    place = np.zeros((B, K), np.float32)
+    label = np.full((B, K), -1)
+    targets = np.zeros((B, K, M), np.float32)
+    target_mask = np.zeros((B, K, M), bool)
     for b, row in enumerate(rows):
-        end = P = len(row.prompt)
-        tokens[b, :P], positions[b, :P], branch[b, :P] = row.prompt, np.arange(P), 0
+        P = end = len(row.prompt)
+        tokens[b, :P] = row.prompt
+        positions[b, :P] = np.arange(P)
+        branch[b, :P] = 0
         for k, response in enumerate(row.responses):
-            start, n = end, len(response)
-            end = start + n
-            tokens[b, start:end], positions[b, start:end], branch[b, start:end] = response, np.arange(P, P + n), k + 1
-            responses[b, k, :n], mask[b, k, :n] = response, True
-            predictor[b, k, :n] = [P - 1, *range(start, end - 1)]      # the last prompt token predicts the first token of each
-            last[b, k], valid[b, k] = end - 1 if n else P - 1, True        # an empty response ends where the prompt does, not in its neighbour
+            n = len(response)
+            start, end = end, end + n
+            tokens[b, start:end] = response
+            positions[b, start:end] = np.arange(P, P + n)
+            branch[b, start:end] = k + 1
+            responses[b, k, :n] = response
+            response_mask[b, k, :n] = True
+            # the last prompt token predicts the first token of each response
+            logit_index[b, k, :n] = [P - 1, *range(start, end - 1)]
+            # an empty response ends where the prompt does, not in its neighbour
+            last_index[b, k] = end - 1 if n else P - 1
+            valid[b, k] = True
         for k, value in enumerate(row.place):
             place[b, k] = value
         for k, value in enumerate(row.label):
-            label[b, k] = value if value is not None else -1
+            label[b, k] = -1 if value is None else value
         for k, values in enumerate(row.targets):
-            targets[b, k, :len(values)], target_mask[b, k, :len(values)] = values, True
-    arrays = (tokens, positions, branch, responses, mask, predictor, last, valid, place, label, targets, target_mask)
-    return Batch(*map(torch.from_numpy, arrays))
+            targets[b, k, :len(values)] = values
+            target_mask[b, k, :len(values)] = True
+    arrays = dict(
+        tokens=tokens, positions=positions, branch=branch, responses=responses, response_mask=response_mask,
+        logit_index=logit_index, last_index=last_index, valid=valid, place=place, label=label,
+        targets=targets, target_mask=target_mask,
+    )
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Batch(lengths=[row.num_tokens for row in rows], **tensors)
 
 
-def ahead(rows, plan, device):
-    """Batch after batch of a plan, on the device. On CUDA the next one is copied, from pinned memory, while this one is computed."""
-    packed = (pack_rows([rows[i] for i in part]) for part in plan)
+def prefetch(rows: list[Row], plan: list[list[int]], device: torch.device) -> Iterator[Batch]:
+    """Micro-batch after micro-batch of a plan, on the device.
+
+    On CUDA the next one is copied, from pinned memory, while this one is computed.
+    """
+    packed = (pack_rows([rows[i] for i in indices]) for indices in plan)
     if device.type != "cuda":
-        yield from (batch.to(device) for batch in packed)
+        for batch in packed:
+            yield batch.to(device)
         return
-    stream, waiting = torch.cuda.Stream(device), None
+    stream = torch.cuda.Stream(device)
+    waiting = None
     for batch in packed:
         with torch.cuda.stream(stream):
             batch = batch.pin_memory().to(device, non_blocking=True)
             copied = stream.record_event()
         if waiting:
-            yield _arrived(*waiting, device)
-        waiting = batch, copied
+            yield _wait_for_copy(*waiting, device)
+        waiting = (batch, copied)
     if waiting:
-        yield _arrived(*waiting, device)
+        yield _wait_for_copy(*waiting, device)
 
 
-def _arrived(batch, copied, device):
+def _wait_for_copy(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
     """The computing stream waits for the copy, and the allocator learns that this stream uses the tensors too."""
     current = torch.cuda.current_stream(device)
     current.wait_event(copied)
-    for f in fields(batch):
-        getattr(batch, f.name).record_stream(current)
+    for tensor in batch.tensors().values():
+        tensor.record_stream(current)
     return batch
-
-
-def context_limit(max_length, context):
-    """--max_length, 0 being the model's context; more than the context is refused."""
-    if max_length > context:
-        raise InputError(f"--max_length {max_length}: the model's context is {context}")
-    return max_length or context

@@ -1,143 +1,207 @@
-"""K samples of each prompt. The prompt is computed once; then its row grows by K columns at a time, one a sample, under the
-same rule of who sees whom as in training (gpt2.visible). So the prompt's keys and values are stored once a group.
+"""K samples of each prompt. Prefill: the prompt is computed once, and its keys and values are stored once per group.
+Decode: its row grows by K columns at a time, one per sample, under the same rule of who sees whom as in
+training (attention.prefix_mask).
 
-Every draw is a function of (seed, purpose, step, index of the prompt, sample): no generator has a state to save, and what a
-prompt's sample says does not depend on which other prompts are in the batch.
+Every draw is a function of (seed, stream, step, index of the prompt, sample): no generator has a state to
+save, and a sample of a prompt does not depend on which other prompts are in the batch.
 
 B prompts, K samples each, R new tokens at most, P prompt columns, V vocabulary.
 """
 import contextlib
-import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from .batching import micro_batches
+from .batching import Stream, micro_batches
+from .run.kernels import allow_nondeterministic_writes, capture_cudagraph
 
-ROLLOUT, EVALUATION, SAMPLE, MINIBATCH = 2, 3, 4, 5    # purposes: streams of random numbers that never meet (1 is batching.SHUFFLE)
-FEW = 8                    # tokens for which recording a graph takes longer than it saves
+MIN_TOKENS_FOR_GRAPH = 8         # up to here, recording a CUDA graph takes longer than it saves
 
 
-def uniforms(seed, purpose, step, index, sample, n):
-    """n numbers in [0, 1), one a token.  -> (n,) float64.  A counter-based generator: its key and counter are the address of the draw."""
-    address = np.random.Philox(key=[seed, purpose], counter=[0, step, index, sample])
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+    k: int                       # responses per prompt
+    max_new_tokens: int          # R, EOS included
+    eos_id: int
+    seed: int
+    stream: Stream
+    temperature: float = 1.0     # 0 takes the likeliest token
+    top_p: float = 1.0
+    max_tokens: int = 8192       # columns per batch
+
+
+def uniforms(seed: int, stream: int, step: int, index: int, sample: int, n: int) -> np.ndarray:
+    """n numbers in [0, 1), one per token.  -> (n,) float64
+
+    A counter-based generator: its key and counter are the address of the draw.
+    """
+    address = np.random.Philox(key=[seed, stream], counter=[0, step, index, sample])
     return np.random.Generator(address).random(n)
 
 
-def distribution(logits, temperature, top_p):
+def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     """Probabilities to draw from, float64, summing to 1 over token ids.  (...,V) -> (...,V)
 
     top_p keeps the fewest most likely tokens that hold at least top_p of the mass. No sort unless it is asked for.
     """
     assert temperature > 0 and top_p > 0, (temperature, top_p)         # top_p 0 would keep no token: 0 / 0
-    probs = torch.softmax(logits if temperature == 1 else logits.double() / temperature, -1, dtype=torch.float64)
+    scaled = logits if temperature == 1 else logits.double() / temperature
+    probs = torch.softmax(scaled, -1, dtype=torch.float64)
     if top_p < 1:
         ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered                          # mass of the likelier ones
-        ordered = torch.where(before < top_p, ordered, torch.zeros_like(ordered))
+        likelier = ordered.cumsum(-1) - ordered                        # mass of the likelier tokens
+        ordered = torch.where(likelier < top_p, ordered, torch.zeros_like(ordered))
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
 
 
-def draw(logits, u, temperature=1.0, top_p=1.0):
-    """Inverse CDF over token ids: the first token whose cumulated probability exceeds u. temperature 0 is the likeliest token.
+def sample_next_token(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Inverse CDF over token ids: the first token whose cumulated probability exceeds u. temperature 0: the likeliest.
 
     logits (...,V);  u (...) float64 in [0, 1)  ->  token ids (...)
+    Not torch.multinomial: its draws would depend on the other prompts of the batch.
     """
     if temperature == 0:
         return logits.argmax(-1)
     cdf = distribution(logits, temperature, top_p).cumsum(-1)
     total = cdf[..., -1:]                                              # rounding may leave it short of u
-    return torch.searchsorted(cdf, torch.minimum(u.unsqueeze(-1), torch.nextafter(total, total - 1)), right=True).squeeze(-1)
+    below_total = torch.nextafter(total, total - 1)
+    u = torch.minimum(u.unsqueeze(-1), below_total)
+    return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
 
-def step(model, cache, new, ends, u, count, samples, temperature, top_p):
-    """From token `count` of every sample to the next, in place, since a CUDA graph repeats this as it is.
+class Decoder:
+    """B prompts with K samples each on one KV cache. `tokens` (B,K) are the newest of each sample.
 
-    new (rows,K) tokens;  ends (rows,) prompt lengths;  u (rows,K,R);  count (), a tensor;  samples (B,K) branches
+    decode_step works in place, since a CUDA graph repeats it as it is.
     """
-    hidden = model.hidden(new, (ends + count)[:, None].expand_as(new), samples[: len(new)], cache)
-    count += 1
-    logits = model.logits(hidden.flatten(0, 1)).unflatten(0, new.shape)                 # (rows,K,V)
-    new.copy_(draw(logits, u.index_select(2, count[None]).squeeze(2), temperature, top_p))
 
+    def __init__(self, model: nn.Module, u: Tensor, temperature: float, top_p: float, static_cache: bool):
+        self.model = model
+        self.u = u                               # (B,K,R) float64, the draws
+        self.temperature = temperature
+        self.top_p = top_p
+        self.static_cache = static_cache
 
-@contextlib.contextmanager
-def quick_writes():
-    """On CUDA without the guard against sums of unknown order: every place in the cache is written once, and the guard copies all of it."""
-    strict = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(strict, warn_only=True)
+    def prefill(self, prompts: list[list[int]]):
+        """All prompts in one forward, padded on the right, and the first token of each sample."""
+        B, K, R = self.u.shape
+        device = self.u.device
+        lengths = [len(prompt) for prompt in prompts]
+        P = max(lengths)
+        tokens = torch.zeros(B, P, dtype=torch.long)
+        branch = torch.full((B, P), -1)
+        for b, prompt in enumerate(prompts):
+            tokens[b, :len(prompt)] = torch.tensor(prompt)
+            branch[b, :len(prompt)] = 0
+        tokens, branch = tokens.to(device), branch.to(device)
+        positions = torch.arange(P, device=device) * (branch == 0)
+        self.prompt_lengths = torch.tensor(lengths, device=device)                 # (B,)
+        self.sample_branch = torch.arange(1, K + 1, device=device).expand(B, K)
+        self.cache = self.model.new_cache(B, P + K * (R - 1), self.static_cache)
+        self.t = torch.zeros((), dtype=torch.long, device=device)                  # the newest token's place
+        last = torch.arange(B, device=device) * P + self.prompt_lengths - 1
+        hidden = self.model.hidden(tokens, positions, branch, self.cache, at=last, lengths=lengths)
+        logits = self.model.logits(hidden)[:, None].expand(B, K, -1)               # (B,K,V)
+        self.tokens = sample_next_token(logits, self.u[:, :, 0], self.temperature, self.top_p)
 
+    def decode_step(self):
+        """From token t of every sample to token t + 1."""
+        positions = (self.prompt_lengths + self.t)[:, None].expand_as(self.tokens)
+        branch = self.sample_branch[: len(self.tokens)]
+        hidden = self.model.hidden(self.tokens, positions, branch, self.cache)     # (B,K,D)
+        self.t += 1
+        logits = self.model.logits(hidden.flatten(0, 1)).unflatten(0, self.tokens.shape)
+        u = self.u.index_select(2, self.t[None]).squeeze(2)
+        self.tokens.copy_(sample_next_token(logits, u, self.temperature, self.top_p))
 
-def captured(work):
-    """What `work` launches on the GPU, recorded once and repeated without Python. The recording itself computes nothing.
-
-    Recording waits for the GPU and gives unused memory back, so it pays for tens of tokens, not for a handful.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    def select(self, rows: Tensor):
+        """Goes on with the prompts in `rows` (B,) bool alone."""
+        self.tokens = self.tokens[rows]
+        self.prompt_lengths = self.prompt_lengths[rows]
+        self.u = self.u[rows]
+        self.cache.select(rows)
 
 
 @torch.no_grad()
-def extend(model, prompts, u, eos_id, temperature=1.0, top_p=1.0, fixed=None):
+def generate_batch(
+    model: nn.Module,
+    prompts: list[list[int]],
+    u: Tensor | np.ndarray,
+    eos_id: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    static_cache: bool | None = None,
+) -> tuple[Tensor, Tensor]:
     """Continues each of B prompts K times, up to EOS or R tokens.
 
     prompts: B lists of ids;  u (B,K,R) float64, the draws  ->  (tokens (B,K,R) int64, lengths (B,K)), EOS included.
-    fixed: every step on the same memory, as a CUDA graph needs it (default: on CUDA); else finished rows leave the batch.
+    static_cache: every step on the same memory, as a CUDA graph needs it (default: on CUDA). A sample that has ended
+    then computes on until all have; else until all of its own prompt have, whose row leaves the batch.
     """
     device = next(model.parameters()).device
-    fixed = device.type == "cuda" if fixed is None else fixed
+    static_cache = device.type == "cuda" if static_cache is None else static_cache
     u = torch.as_tensor(u, device=device)
-    (B, K, R), longest = u.shape, max(map(len, prompts))
-    ends = torch.tensor([len(prompt) for prompt in prompts], device=device)            # (B,)
-    tokens, branch = torch.zeros(B, longest, dtype=torch.long), torch.full((B, longest), -1)
-    for b, prompt in enumerate(prompts):
-        tokens[b, :len(prompt)], branch[b, :len(prompt)] = torch.tensor(prompt), 0
-    positions = torch.arange(longest, device=device) * (branch == 0).to(device)
-
-    cache = model.new_cache(B, longest + K * (R - 1), fixed)
-    last = torch.arange(B, device=device) * longest + ends - 1
-    hidden = model.hidden(tokens.to(device), positions, branch.to(device), cache, at=last)       # (B,D): the prompt, once
-    new = draw(model.logits(hidden)[:, None].expand(B, K, -1), u[:, :, 0], temperature, top_p)   # (B,K)
-    out = torch.zeros(B, K, R, dtype=torch.long, device=device)
+    B, K, R = u.shape
+    tokens = torch.zeros(B, K, R, dtype=torch.long, device=device)
     lengths = torch.full((B, K), R, device=device)
-    alive, count = torch.arange(B, device=device), torch.zeros((), dtype=torch.long, device=device)    # rows with an unfinished sample
-    samples, replay = torch.arange(1, K + 1, device=device).expand(B, K), None         # branch of each new column
-    for r in range(R):
-        out[alive, :, r] = new
-        lengths[alive] = torch.where((new == eos_id) & (lengths[alive] == R), r + 1, lengths[alive])
-        going = (lengths[alive] == R).any(-1)
-        if r == R - 1 or not going.any():
+    active = torch.arange(B, device=device)                            # prompts with an unfinished sample
+    decoder = Decoder(model, u, temperature, top_p, static_cache)
+    decoder.prefill(prompts)
+    replay = None
+    for t in range(R):
+        tokens[active, :, t] = decoder.tokens
+        ends = (decoder.tokens == eos_id) & (lengths[active] == R)
+        lengths[active] = torch.where(ends, t + 1, lengths[active])
+        unfinished = (lengths[active] == R).any(-1)
+        if t == R - 1 or not unfinished.any():
             break
-        if not fixed and not going.all():
-            alive, new, ends, u = alive[going], new[going], ends[going], u[going]
-            cache.keep(going)
-        work = functools.partial(step, model, cache, new, ends, u, count, samples, temperature, top_p)
-        if fixed and device.type == "cuda" and r > 0 and R > FEW:              # the first step is done by hand: it warms the kernels up
-            replay = replay or captured(work)
+        if not static_cache and not unfinished.all():
+            active = active[unfinished]
+            decoder.select(unfinished)
+        # the first step is done by hand: it warms the kernels up
+        use_graph = static_cache and device.type == "cuda" and t > 0 and R > MIN_TOKENS_FOR_GRAPH
+        if use_graph:
+            replay = replay or capture_cudagraph(decoder.decode_step)
             replay()
         else:
-            work()
-    return out, lengths
+            decoder.decode_step()
+    return tokens, lengths
 
 
-def sample(model, prompts, indices, k, max_new, eos_id, seed, purpose, step, temperature=1.0, top_p=1.0, max_tokens=8192, first=0):
-    """K responses for each prompt, in batches of at most max_tokens columns.  -> for each prompt K lists of ids, EOS included
+def generate(
+    model: nn.Module,
+    prompts: list[list[int]],
+    ids: list[int],
+    sampling: Sampling,
+    step: int,
+    first_sample: int = 0,
+) -> list[list[list[int]]]:
+    """K responses for each prompt, in batches of at most sampling.max_tokens columns.
 
-    indices: each prompt's place in the data;  first: number of the first sample (drawing again takes later numbers).
+    -> for each prompt K lists of ids, EOS included
+    ids: each prompt's index in the data;  first_sample: number of the first sample (drawing again takes later numbers).
     """
-    found = [None] * len(prompts)
-    for part in micro_batches([len(prompt) + k * max_new for prompt in prompts], max_tokens, padded=True):
-        u = np.stack([[uniforms(seed, purpose, step, indices[i], first + s, max_new) for s in range(k)] for i in part])
-        with quick_writes() if next(model.parameters()).is_cuda else contextlib.nullcontext():
-            tokens, lengths = (x.tolist() for x in extend(model, [prompts[i] for i in part], u, eos_id, temperature, top_p))
-        for b, i in enumerate(part):
-            found[i] = [tokens[b][s][: lengths[b][s]] for s in range(k)]
-    return found
+    k = sampling.k
+    max_new_tokens = sampling.max_new_tokens
+    responses = [None] * len(prompts)
+    room = [len(prompt) + k * max_new_tokens for prompt in prompts]
+    on_cuda = next(model.parameters()).is_cuda
+    for batch in micro_batches(room, sampling.max_tokens, padded=True):
+        u = np.empty((len(batch), k, max_new_tokens))
+        for b, i in enumerate(batch):
+            for s in range(k):
+                address = (sampling.seed, sampling.stream, step, ids[i], first_sample + s)
+                u[b, s] = uniforms(*address, max_new_tokens)
+        with allow_nondeterministic_writes() if on_cuda else contextlib.nullcontext():
+            tokens, lengths = generate_batch(
+                model, [prompts[i] for i in batch], u, sampling.eos_id, sampling.temperature, sampling.top_p
+            )
+        tokens, lengths = tokens.tolist(), lengths.tolist()
+        for b, i in enumerate(batch):
+            responses[i] = [tokens[b][s][: lengths[b][s]] for s in range(k)]
+    return responses

@@ -1,21 +1,23 @@
-"""LLaMA 1, 2 and 3, whole and alone: read it without any other file.        [Touvron et al. 2023a, 2023b; Llama 3, 2024]
+"""LLaMA 1, 2 and 3, whole: no library and no base class.  [Touvron et al. 2023a, 2023b; Llama 3, 2024]
 
-B rows, T columns, n of them no padding, S columns seen so far, D width, H query heads, G key-value heads, d head width, V vocabulary.
+B rows, T columns per row, n of all B*T columns no padding, D width, H query heads, G key-value heads,
+d head width, V vocabulary.
 
-A row holds a prompt and its K responses side by side. `branch` says who a column belongs to (0 the prompt, k response k,
--1 padding), `positions` where it stands in its own text. The one rule of the whole repository is in `visible`.
+A row holds a prompt and its K responses side by side. `branch` says which of them a column belongs to
+(0 the prompt, k response k, -1 padding), `positions` where it stands in its own text. Which column sees
+which is one rule: attention.prefix_mask.
 
-Parameter names and shapes are those of Hugging Face's folders, so a state dict is a file of theirs, key by key.
+Parameter names and shapes are those of Hugging Face's folders, so a state dict is a file of theirs,
+key by key.
 """
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
+
+from .attention import KVCache, Layout, run_block
 
 
 @dataclass(frozen=True)
@@ -69,133 +71,14 @@ SIZES = {
 }
 
 
-def visible(branch_query, branch_key, first=None):
-    """Who sees whom: column i sees column j <= i if j is the prompt's or of i's own branch.
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Radians per position for each pair of a head's dimensions.  ->  (d/2,) float32
 
-    branch_query (B,T), branch_key (B,S), the queries being columns first .. first + T - 1, by default the last T  ->  (B,1,T,S) bool
-    What padding sees does not matter, because nobody sees padding; it sees itself, since an empty softmax is NaN.
+    [Su et al. 2021; Llama 3.1's scaling]
     """
-    T, S = branch_query.shape[1], branch_key.shape[1]
-    column = torch.arange(S, device=branch_key.device)
-    earlier = column <= column[:T, None] + (S - T if first is None else first)
-    mine = (branch_key[:, None] == 0) | (branch_key[:, None] == branch_query[:, :, None])
-    return (earlier & mine)[:, None]
-
-
-class Cache:
-    """Keys and values of the columns so far, with their branches: room for `columns` columns of B rows.
-
-    A CUDA graph repeats its kernels on the same memory, so a fixed cache counts on the device and always reads the whole room:
-    a column that is not written yet has branch -1, which nobody sees.
-    """
-
-    def __init__(self, layers, rows, columns, device, fixed=False):
-        self.branch = torch.full((rows, columns), -1, device=device)
-        self.length = torch.zeros((), dtype=torch.long, device=device)      # columns in use; `used` is the same number on the host
-        self.keys = self.values = None           # (layers,B,G,columns,d), born with the first value, in its number format
-        self.layers, self.fixed, self.used = layers, fixed, 0
-
-    def extend(self, branch):
-        """Takes in T more columns of each row.  branch (B,T)  ->  where they are kept, row and column (B*T,), and what they see (B,1,T,S)"""
-        (rows, _), T = self.branch.shape, branch.shape[1]
-        row = torch.arange(rows, device=branch.device).repeat_interleave(T)
-        column = (self.length + torch.arange(T, device=branch.device)).repeat(rows)
-        self.branch[row, column] = branch.flatten()
-        self.used += T
-        sees = visible(branch, self.branch if self.fixed else self.branch[:, : self.used], self.length)
-        self.length += T
-        return (row, column), sees
-
-    def write(self, layer, places, key, value):
-        """key, value (n,G,d) of one layer, to the places that `extend` gave; None: the last columns of each row, all of them."""
-        (rows, room), (n, G, d) = self.branch.shape, key.shape
-        if self.keys is None:
-            self.keys, self.values = value.new_zeros(2, self.layers, rows, G, room, d)
-        for kept, new in ((self.keys, key.to(value.dtype)), (self.values, value)):       # rotated keys are float32 under autocast
-            if places is None:
-                kept[layer, :, :, self.used - n // rows : self.used] = new.view(rows, -1, G, d).transpose(1, 2)
-            else:
-                row, column = places
-                kept[layer][row, :, column] = new
-
-    def read(self, layer):
-        """-> keys, values (B,G,S,d)"""
-        return [x[layer] if self.fixed else x[layer, :, :, : self.used] for x in (self.keys, self.values)]
-
-    def keep(self, rows):
-        """Forgets every row that is not in `rows` (B,) bool: finished ones need no more steps."""
-        self.keys, self.values, self.branch = self.keys[:, rows], self.values[:, rows], self.branch[rows]
-
-
-@dataclass
-class Sight:
-    """What the n columns of one forward see, and where their keys and values are kept if anybody wants them later."""
-    sees: list | torch.Tensor | BlockMask        # a mask (1,1,t,t) a row; or one mask (B,1,T,S) over the cache; or FlexAttention's (1,1,n,n)
-    cache: Cache | None = None
-    places: tuple | None = None                  # row and column of each, (n,)
-
-
-@functools.cache
-def flex_kernel(function, device):
-    """A part of FlexAttention, compiled where it has a kernel for training; uncompiled, it writes out every pair of columns."""
-    return torch.compile(function, dynamic=True) if device == "cuda" else function
-
-
-def lay_out(branch, flex):
-    """Rows end to end without their padding.  branch (B,T)  ->  the columns kept, (n,) indices into (B*T), and what they see
-
-    flex: FlexAttention's block mask, which skips what nobody sees; it wants n in blocks of 128, so the last column is repeated;
-    the copies belong to no row and see each other, since an empty softmax is NaN. Else one dense mask a row: no row is as wide
-    as the longest.
-    """
-    real = branch >= 0
-    index = real.flatten().nonzero().squeeze(1)
-    row, own = index // branch.shape[1], branch.flatten()[index]
-    if not flex:
-        return index, [visible(mine[None], mine[None]) for mine in own.split(real.sum(1).tolist())]
-    more = -len(index) % 128
-    index, row, own = torch.cat([index, index[-1:].expand(more)]), F.pad(row, (0, more), value=-1), F.pad(own, (0, more))
-    rule = lambda b, h, i, j: (row[i] == row[j]) & (j <= i) & ((own[j] == 0) | (own[j] == own[i]))
-    make = flex_kernel(create_block_mask, branch.device.type)
-    return index, make(rule, None, None, len(index), len(index), device=branch.device)
-
-
-def attend_cache(query, sight, layer):
-    """T columns a row look at what the cache holds.  query (B*T,H,d)  ->  (B*T,H*d)
-
-    Written out, as the few queries of a decoding step take longer to call a fused kernel than to compute; the H / G query heads
-    of a key head stand side by side with the T columns, so that nothing is copied.
-    """
-    (B, _, T, _), (key, value) = sight.sees.shape, sight.cache.read(layer)
-    G, d = key.shape[1], key.shape[3]
-    query = query.view(B, T, G, -1, d).permute(0, 2, 3, 1, 4).reshape(B, G, -1, d) * d ** -0.5         # (B,G,H/G*T,d)
-    weight = (query @ key.transpose(-1, -2)).unflatten(2, (-1, T))                                     # (B,G,H/G,T,S)
-    weight = weight.masked_fill(~sight.sees[:, :, None], float("-inf")).softmax(-1).flatten(2, 3)
-    return (weight @ value).view(B, G, -1, T, d).permute(0, 3, 1, 2, 4).reshape(B * T, -1)
-
-
-@torch.compiler.disable
-def attend(query, key, value, sight, layer):
-    """Each column looks at those it sees.  query (n,H,d), key, value (n,G,d)  ->  (n,H*d)"""
-    if sight.cache is not None:
-        sight.cache.write(layer, sight.places, key, value)
-    if isinstance(sight.sees, torch.Tensor):
-        return attend_cache(query, sight, layer)
-    shared = query.shape[1] > key.shape[1]                               # grouped-query attention
-    across = lambda x: x.transpose(0, 1)[None]                           # (n,H,d) -> (1,H,n,d)
-    if isinstance(sight.sees, BlockMask):
-        flex = flex_kernel(flex_attention, query.device.type)
-        y = flex(across(query), across(key), across(value), block_mask=sight.sees, enable_gqa=shared)
-    else:
-        rows = zip(*(across(x).split([mask.shape[-1] for mask in sight.sees], 2) for x in (query, key, value)), sight.sees)
-        y = torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared) for q, k, v, mask in rows], 2)
-    return y[0].transpose(0, 1).flatten(1)
-
-
-def rope_frequencies(config):
-    """Radians a position for each pair of a head's dimensions.  ->  (d/2,) float32              [Su et al. 2021; Llama 3.1's scaling]"""
     d = config.head_width
-    frequency = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
+    exponent = torch.arange(0, d, 2, dtype=torch.int64).float() / d
+    frequency = 1.0 / config.rope_theta**exponent
     if config.rope_type == "linear":
         return frequency / config.rope_factor
     if config.rope_type == "llama3":             # long waves are stretched, short ones kept, those between interpolated
@@ -206,128 +89,144 @@ def rope_frequencies(config):
     return frequency
 
 
-def rotate(x, cos, sin):
-    """Turns each pair (i, i + d/2) of a head by its angle; the halves are Hugging Face's layout.  x (n,heads,d), cos, sin (n,1,d/2)"""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (i, i + d/2) of a head by its angle; the halves are Hugging Face's layout.
+
+    x (n,heads,d), cos, sin (n,1,d/2)  ->  (n,heads,d)
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
+    def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
-    def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))       # a mean of squares is float32's work
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        x_float = x.to(torch.promote_types(x.dtype, torch.float32))    # a mean of squares needs float32
+        scale = torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x_float * scale).to(x.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.heads, self.groups, self.d = config.num_attention_heads, config.key_value_heads, config.head_width
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.d, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.groups * self.d, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.groups * self.d, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.d, config.hidden_size, bias=False)
+        n_head, n_kv_head = config.num_attention_heads, config.key_value_heads
+        self.head_width = config.head_width
+        self.q_proj = nn.Linear(config.hidden_size, n_head * self.head_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, n_kv_head * self.head_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, n_kv_head * self.head_width, bias=False)
+        self.o_proj = nn.Linear(n_head * self.head_width, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, sight, layer, only=None):
-        query, key, value = (y.unflatten(1, (-1, self.d)) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))   # (n,H,d), (n,G,d)
-        y = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, sight, layer)      # (n,H*d)
-        return self.o_proj(y if only is None else y[only])
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, layer: int, keep: Tensor | None
+    ) -> Tensor:
+        query = self.q_proj(x).unflatten(1, (-1, self.head_width))                 # (n,H,d)
+        key = self.k_proj(x).unflatten(1, (-1, self.head_width))                   # (n,G,d)
+        value = self.v_proj(x).unflatten(1, (-1, self.head_width))                 # (n,G,d)
+        y = layout.attend(rotate(query, cos, sin), rotate(key, cos, sin), value, layer)    # (n,H*d)
+        return self.o_proj(y if keep is None else y[keep])
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: a gate decides how much of each inner unit passes.                                   [Shazeer 2020]"""
+    """SwiGLU: a gate decides how much of each inner unit passes.  [Shazeer 2020]"""
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x, cos, sin, sight, layer, only=None):
-        """x (n,D) -> (n,D); after the last attention nobody needs the columns that are not in `only` (m,): -> (m,D)"""
-        x = (x if only is None else x[only]) + self.self_attn(self.input_layernorm(x), cos, sin, sight, layer, only)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, layer: int, keep: Tensor | None
+    ) -> Tensor:
+        """x (n,D) -> (n,D); after the last attention only the columns in `keep` (m,) are needed: -> (m,D)"""
+        residual = x if keep is None else x[keep]
+        x = residual + self.self_attn(self.input_layernorm(x), cos, sin, layout, layer, keep)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
-    family, prefix = "llama", "model."           # how a checkpoint calls the trunk
-    product = staticmethod(F.linear)             # of the head; speed.tune knows faster ones
-    flex = False                                 # FlexAttention instead of dense masks
-    recompute = False                            # keep no activations but each block's input: less memory, a third more work
+    family = "llama"                             # model_type of its checkpoints
+    prefix = "model."                            # how a checkpoint calls the trunk
     Config = LlamaConfig
+    lm_head_matmul = staticmethod(F.linear)      # run/kernels.py knows faster ones
+    flex = False                                 # FlexAttention instead of a mask per row
+    activation_checkpointing = False             # keep each block's input alone for the backward
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.width = config, config.hidden_size
+        self.config = config
+        self.width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.frequencies = rope_frequencies(config)                    # no buffer: it is computed, not loaded
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.frequencies = rope_frequencies(config)        # no buffer: it is computed, not loaded
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
     @property
-    def final_norm(self):
+    def final_norm(self) -> RMSNorm:
         return self.norm
 
     @property
-    def blocks(self):
+    def blocks(self) -> nn.ModuleList:
         return self.layers
 
-    def new_cache(self, rows, columns, fixed=False):
-        return Cache(self.config.num_hidden_layers, rows, columns, self.embed_tokens.weight.device, fixed)
+    def new_cache(self, rows: int, max_columns: int, static: bool = False) -> KVCache:
+        n_layer = self.config.num_hidden_layers
+        return KVCache(n_layer, rows, max_columns, self.embed_tokens.weight.device, static)
 
-    def hidden(self, tokens, positions, branch, cache=None, at=None):
-        """Final hidden states, after the last norm.  tokens, positions, branch (B,T) int64  ->  (B,T,D), 0 at padding
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        branch: Tensor,
+        cache: KVCache | None = None,
+        at: Tensor | None = None,
+        lengths: list[int] | None = None,
+    ) -> Tensor:
+        """Final hidden states, after the last norm.
 
+        tokens, positions, branch (B,T) int64  ->  (B,T,D), 0 at padding
         at: indices (m,) into the B*T columns, of those that are wanted; the others skip what only they need  ->  (m,D)
-        With a cache the T columns stand behind those it holds, and are added to it.
+        cache: the T columns stand behind those it holds, and are added to it.  lengths: see Layout.
         """
-        B, T = tokens.shape
-        behind = cache is not None and cache.used > 0                  # K new columns a row, none of them padding
-        places, sees = cache.extend(branch) if cache else (None, None)
-        index = None
-        if not behind:
-            index, sees = lay_out(branch, self.flex and cache is None)
-            places = cache and tuple(place[index] for place in places)
-        elif not cache.fixed:
-            places = None                                              # a slice is quicker than indices
-        pick = (lambda x: x.flatten()) if index is None else (lambda x: x.flatten()[index])
-        only = at if at is None or index is None else torch.searchsorted(index, at).clamp(max=len(index) - 1)
-        sight, last = Sight(sees, cache, places), len(self.blocks) - 1
-        x = self.embed_tokens(pick(tokens))                            # (n,D)
-        self.frequencies = self.frequencies.to(x.device)               # once: a graph of decoding steps may not copy from the host
-        angle = pick(positions)[:, None, None] * self.frequencies      # (n,1,d/2) float32
+        layout = Layout(branch, cache, lengths, self.flex)
+        keep = layout.find(at)
+        x = self.embed_tokens(layout.gather(tokens))                               # (n,D)
+        # once: a CUDA graph of decoding steps may not copy from the host
+        self.frequencies = self.frequencies.to(x.device)
+        angle = layout.gather(positions)[:, None, None] * self.frequencies         # (n,1,d/2) float32
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        for layer, block in enumerate(self.blocks):
-            run = block if cache is None else block.forward            # compiled, a decoding step would cast every weight anew under autocast
-            how = (x, cos, sin, sight, layer, only if layer == last else None)
-            x = checkpoint(run, *how, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else run(*how)
+        for layer, block in enumerate(self.layers):
+            is_last = layer == len(self.layers) - 1
+            x = run_block(
+                block, x, cos, sin, layout, layer, keep if is_last else None,
+                cached=cache is not None, activation_checkpointing=self.activation_checkpointing,
+            )
         x = self.norm(x)
-        if at is not None:
-            return x
-        if index is not None:
-            n = int((branch >= 0).sum())
-            x = x.new_zeros(B * T, x.shape[1]).index_copy(0, index[:n], x[:n])
-        return x.view(B, T, -1)
+        return layout.scatter(x) if at is None else x
 
-    def logits(self, hidden):
-        """Next-token logits for chosen columns alone: the head is the widest matrix, most columns never need it.  (...,D) -> (...,V)"""
-        return self.product(hidden, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits, for the columns that need them: the head is the widest matrix.  (...,D) -> (...,V)"""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return self.lm_head_matmul(hidden, head.weight)

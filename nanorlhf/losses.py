@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 
-def _wide(x):
+def _to_float32(x):
     """float32 or better: bfloat16 has three digits, too few for a difference of log-probabilities."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -29,7 +29,7 @@ def sft_loss(logprobs, mask, count=None):
     logprobs (...,R) nats;  mask (...,R) bool;  count: tokens, default mask.sum().  ->  scalar, nats a token
     """
     assert logprobs.shape == mask.shape, (logprobs.shape, mask.shape)
-    return -_mean(_wide(logprobs), mask, count)
+    return -_mean(_to_float32(logprobs), mask, count)
 
 
 def ranked_pairs(place, valid):
@@ -47,7 +47,7 @@ def ranking_loss(scores, place, valid, count=None):
     logsigmoid keeps its gradient on badly wrong pairs, where log(sigmoid(d) + 1e-5) loses it.
     """
     assert scores.shape == place.shape == valid.shape, (scores.shape, place.shape, valid.shape)
-    scores = torch.where(valid, _wide(scores), torch.zeros((), device=scores.device))
+    scores = torch.where(valid, _to_float32(scores), torch.zeros((), device=scores.device))
     pairs = ranked_pairs(place, valid)
     margin = scores.unsqueeze(-1) - scores.unsqueeze(-2)
     per_pair = torch.where(pairs, -logsigmoid(margin), torch.zeros_like(margin))
@@ -76,7 +76,7 @@ def classification_loss(logits, label, valid, weight=None, count=None):
     count: responses, default valid.sum().  ->  scalar, nats a response.  The reward is then tanh(z/2) in (-1, 1).
     """
     assert logits.shape == label.shape == valid.shape, (logits.shape, label.shape, valid.shape)
-    z = torch.where(valid, _wide(logits), torch.zeros((), device=logits.device))
+    z = torch.where(valid, _to_float32(logits), torch.zeros((), device=logits.device))
     per_response = -torch.where(label == 1, logsigmoid(z), logsigmoid(-z))
     if weight is not None:
         per_response = per_response * torch.where(valid, weight.to(z.dtype), torch.zeros_like(z))
@@ -100,7 +100,7 @@ def quantile_huber_loss(quantiles, targets, levels, kappa, target_mask=None, cou
     assert quantiles.shape[:-1] == targets.shape[:-1] and quantiles.shape[-1] == len(levels), (quantiles.shape, targets.shape)
     if target_mask is None:
         target_mask = torch.ones_like(targets, dtype=torch.bool)
-    q = _wide(quantiles)
+    q = _to_float32(quantiles)
     has_target = target_mask.any(-1)
     q = torch.where(has_target.unsqueeze(-1), q, torch.zeros_like(q)).unsqueeze(-1)                  # (...,N,1)
     z = torch.where(target_mask, targets.to(q.dtype), torch.zeros((), device=q.device, dtype=q.dtype)).unsqueeze(-2)   # (...,1,M)

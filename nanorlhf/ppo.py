@@ -8,7 +8,7 @@ included, and every response is filled from the left. What stands where the mask
 import torch
 
 
-def _inside(x, mask):
+def _masked(x, mask):
     """x in float32 or better, zeros behind the mask. torch.where, not a product: 0 * NaN is NaN, in value and gradient."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.where(mask, x, torch.zeros_like(x))
@@ -16,7 +16,7 @@ def _inside(x, mask):
 
 def masked_mean(x, mask, count=None):
     """Mean of x over the true entries of mask, or their sum over `count`.  (...,R), (...,R) -> scalar"""
-    return _inside(x, mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
+    return _masked(x, mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
 
 
 def kl_k1(logprobs, ref_logprobs):
@@ -46,8 +46,8 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     scores (...);  logprobs, ref_logprobs, mask (...,R);  kl_coef beta, reward a nat.  ->  rewards (...,R), 0 behind the mask
     """
     assert scores.shape == mask.shape[:-1] and logprobs.shape == ref_logprobs.shape == mask.shape, (scores.shape, mask.shape)
-    rewards = -kl_coef * _inside(kl_k1(logprobs, ref_logprobs), mask)
-    return rewards + _inside(scores.unsqueeze(-1), last_token(mask))
+    rewards = -kl_coef * _masked(kl_k1(logprobs, ref_logprobs), mask)
+    return rewards + _masked(scores.unsqueeze(-1), last_token(mask))
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -57,7 +57,7 @@ def gae(rewards, values, mask, gamma, lam):
     rewards, values, mask (...,R)  ->  advantages, returns (...,R), both 0 behind the mask, neither carries gradient
     """
     assert rewards.shape == values.shape == mask.shape, (rewards.shape, values.shape, mask.shape)
-    rewards, values = _inside(rewards, mask).detach(), _inside(values, mask).detach()
+    rewards, values = _masked(rewards, mask).detach(), _masked(values, mask).detach()
     advantages = torch.zeros_like(rewards)
     advantage = value_after = torch.zeros_like(rewards[..., 0])
     for t in reversed(range(mask.shape[-1])):
@@ -67,13 +67,13 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
-def moments(x, mask):
+def masked_sums(x, mask):
     """(count, sum, sum of squares) over the true entries, float64: three numbers that processes add up.  -> (3,)"""
-    inside = _inside(x, mask).double()
+    inside = _masked(x, mask).double()
     return torch.stack([mask.sum(), inside.sum(), (inside * inside).sum()])
 
 
-_moments = moments   # whiten has an argument of that name
+_moments = masked_sums   # whiten has an argument of that name
 
 
 def whiten(x, mask, moments=None):
@@ -84,8 +84,8 @@ def whiten(x, mask, moments=None):
     count, total, squares = _moments(x, mask) if moments is None else moments
     mean = total / count.clamp(min=1)
     var = (squares / count.clamp(min=1) - mean * mean).clamp(min=0)
-    inside = _inside(x, mask)
-    return _inside(((inside.double() - mean) / torch.sqrt(var + 1e-8)).to(inside.dtype), mask)
+    inside = _masked(x, mask)
+    return _masked(((inside.double() - mean) / torch.sqrt(var + 1e-8)).to(inside.dtype), mask)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip, count=None):
@@ -97,8 +97,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip, count=None):
     it ends at 80 where A >= 0: the clip takes such a ratio anyway. Where A < 0 it is a real loss, and may be infinite.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape, (logprobs.shape, mask.shape)
-    advantages = _inside(advantages, mask)
-    log_ratio = kl_k1(_inside(logprobs, mask), _inside(old_logprobs, mask))
+    advantages = _masked(advantages, mask)
+    log_ratio = kl_k1(_masked(logprobs, mask), _masked(old_logprobs, mask))
     ratio = torch.exp(torch.where(advantages < 0, log_ratio, log_ratio.clamp(max=80)))
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return -masked_mean(torch.minimum(free, clipped), mask, count), masked_mean(clipped < free, mask, count)
@@ -110,7 +110,7 @@ def value_loss(values, old_values, returns, mask, clip, count=None):
     All (...,R).  ->  (loss, share of tokens where the clipped branch is the one taken)
     """
     assert values.shape == old_values.shape == returns.shape == mask.shape, (values.shape, mask.shape)
-    values, old_values, returns = _inside(values, mask), _inside(old_values, mask), _inside(returns, mask)
+    values, old_values, returns = _masked(values, mask), _masked(old_values, mask), _masked(returns, mask)
     near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     free, clipped = (values - returns) ** 2, (near - returns) ** 2
     return masked_mean(0.5 * torch.maximum(free, clipped), mask, count), masked_mean(clipped > free, mask, count)

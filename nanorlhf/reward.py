@@ -1,172 +1,234 @@
 """From text to one number: a reward model with its normalisation and statistic, or a Python function.
 
-A policy and a reward model may be of different families with different tokenizers, so a reward takes *text*:
-score_texts(prompts, responses, ended) -> (B,K). B prompts, K responses each, N outputs of the model.
+    text -> tokens -> N outputs -> statistic (mean, a quantile, cvar) -> transform -> normalise -> reward
+
+A policy and a reward model may be of different families with different tokenizers, so a reward takes
+*text*. Both kinds answer the same questions:
+
+    score_texts(prompts, responses, ended, normalised)  ->  (B,K)
+    normalise(raw)      describe()      forward_flops(rows)      to(device, dtype, compile)
+
+B prompts, K responses each, N outputs of the model.
 """
-import importlib.util
 import math
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .batching import encode_all, micro_batches, pack_rows
-from .config import InputError
-from .data import Group, Response
+from .batching import Row, encode_all, micro_batches, pack_rows
+from .heads import RewardModel
+from .io.data import Group, Response
+from .io.read import InputError, import_file
+from .run import kernels, precision, speed
 
-MAPS = {                                 # from a raw output to a reward, by the loss that trained it
+REWARD_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {           # by the loss that trained the model
     "identity": lambda z: z,
-    "tanh_half": lambda z: torch.tanh(z / 2),       # classification: 2 sigmoid(z) - 1, in (-1, 1)      [paper A, 3.2]
+    "tanh_half": lambda z: torch.tanh(z / 2),       # classification: 2 sigmoid(z) - 1, in (-1, 1)  [paper A, 3.2]
 }
-STD_FLOOR = 0.1                          # a model at chance has a small deviation: dividing by it would make a unit of reward out of noise
+STD_FLOOR = 0.1                  # under it a model is at chance: a unit of reward would be made of noise
 
 
-def statistic(outputs, name):
-    """One number out of N outputs.  (...,N) -> (...).  mean;  q0 .. q9, a quantile;  cvar:a, the mean of the lowest ceil(a N)
+def reduce_quantiles(outputs: Tensor, statistic: str) -> Tensor:
+    """One number out of N outputs.  (...,N) -> (...)
 
+    mean;  q0 .. q9, a quantile;  cvar:a, the mean of the lowest ceil(a N).
     Outputs are free, so the distribution is read from them sorted.
     """
-    if name == "mean":
+    if statistic == "mean":
         return outputs.mean(-1)
     ordered = outputs.sort(-1).values
-    if name.startswith("cvar:"):
-        return ordered[..., : lowest(name[5:], outputs.shape[-1])].mean(-1)
-    return ordered[..., int(name[1:])]
+    if statistic.startswith("cvar:"):
+        return ordered[..., : cvar_count(statistic[5:], outputs.shape[-1])].mean(-1)
+    return ordered[..., int(statistic[1:])]
 
 
-def canonical(name, outputs):
-    """One spelling for each statistic of N outputs (cvar by how many are averaged); refuses what does not exist.  -> str"""
-    quantile, cvar = re.fullmatch(r"q(\d+)", name), re.fullmatch(r"cvar:(\d*\.?\d+)", name)
+def parse_statistic(name: str, outputs: int) -> str:
+    """One spelling for each statistic of N outputs (cvar by how many are averaged); refuses what does not exist."""
+    quantile = re.fullmatch(r"q(\d+)", name)
+    cvar = re.fullmatch(r"cvar:(\d*\.?\d+)", name)
     if name != "mean" and outputs == 1:
-        raise InputError(f"--statistic {name}: this reward model has one output; only a quantile model has more than its mean")
-    if not (name == "mean" or quantile and float(quantile[1]) < outputs or cvar and 0 < float(cvar[1]) <= 1):
-        raise InputError(f"--statistic {name}: expected mean, q0 .. q{outputs - 1}, or cvar:A with 0 < A <= 1 (this model has {outputs} outputs)")
-    return f"cvar:{lowest(cvar[1], outputs) / outputs:.6g}" if cvar else f"q{int(quantile[1])}" if quantile else name      # q03 is q3, whose moments are known
+        raise InputError(
+            f"--statistic {name}: this reward model has one output; only a quantile model has more than its mean"
+        )
+    if name == "mean":
+        return name
+    if quantile and float(quantile[1]) < outputs:
+        return f"q{int(quantile[1])}"            # q03 is q3, whose normalisation is known
+    if cvar and 0 < float(cvar[1]) <= 1:
+        return f"cvar:{cvar_count(cvar[1], outputs) / outputs:.6g}"
+    raise InputError(
+        f"--statistic {name}: expected mean, q0 .. q{outputs - 1}, or cvar:A with 0 < A <= 1 "
+        f"(this model has {outputs} outputs)"
+    )
 
 
-def lowest(share, outputs):
-    """ceil(share N), where .3 * 10 = 3.0000000000000004 counts as 3, and .666667 * 3, a share as `canonical` writes it, as 2."""
+def cvar_count(share: str | float, outputs: int) -> int:
+    """ceil(share N), where .3 * 10 = 3.0000000000000004 counts as 3, and .666667 * 3, as `parse_statistic` writes it, as 2."""
     return max(1, math.ceil(float(share) * outputs - 1e-3))
 
 
-def statistics(outputs):
-    """Every statistic of N outputs, by its canonical name."""
+def all_statistics(outputs: int) -> list[str]:
+    """Every statistic of N outputs, in the spelling of `parse_statistic`."""
     if outputs == 1:
         return ["mean"]
-    return ["mean"] + [f"q{i}" for i in range(outputs)] + [f"cvar:{(i + 1) / outputs:.6g}" for i in range(outputs)]
+    quantiles = [f"q{i}" for i in range(outputs)]
+    cvars = [f"cvar:{(i + 1) / outputs:.6g}" for i in range(outputs)]
+    return ["mean", *quantiles, *cvars]
 
 
-class RewardModel:
-    """A `heads.Scorer` with its tokenizer: text in, normalised rewards out. Normalisation is applied here, once."""
+class TextReward:
+    """A `heads.RewardModel` with its tokenizer: text in, rewards out. Normalisation is applied here, once."""
 
-    def __init__(self, model, tokenizer, reward_map="identity", moments=None, max_length=None):
-        self.model, self.tokenizer, self.map = model, tokenizer, reward_map
-        self.max_length = max_length or model.trunk.config.context     # what it was trained on: longer texts are new to it
+    def __init__(self, model: RewardModel, tokenizer, transform="identity", norm_stats=None, max_length=None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.max_length = max_length or model.trunk.config.context     # longer texts than it was trained on are new to it
         self.max_tokens = 8192                   # columns per micro-batch
-        self.cut = 0                             # prompts that had to lose their beginning so far
-        self.moments = moments or {}             # statistic -> (mean, deviation) over the training mix
-        self.use("mean")
+        self.num_truncated = 0                   # prompts that had to lose their beginning so far
+        self.norm_stats = norm_stats or {}       # statistic -> (mean, deviation) over the training mix
+        self.dtype = "float32"
+        self.select("mean")
 
-    def use(self, name):
+    def select(self, statistic: str):
         """Chooses the statistic that becomes the reward; each has a normalisation of its own."""
-        self.statistic = canonical(name, self.model.score.out_features)
-        self.mean, self.std = self.moments.get(self.statistic, (0.0, 1.0))
+        self.statistic = parse_statistic(statistic, self.model.score.out_features)
+        self.mean, self.std = self.norm_stats.get(self.statistic, (0.0, 1.0))
+
+    def to(self, device: torch.device, dtype: str, compile: bool = False) -> "TextReward":
+        """Onto the device, frozen, for forwards in this number format."""
+        precision.freeze(self.model, device, dtype)
+        kernels.choose_kernels(self.model.trunk, device, dtype, compile)
+        self.dtype = dtype
+        return self
+
+    def describe(self) -> str:
+        """Words for a run's header."""
+        model = self.model
+        normalised = f"less {self.mean:.4f}, over {self.std:.4f}"
+        if not self.norm_stats:
+            normalised = "raw: it has no normalisation, as its run did not finish"
+        statistic = f"{self.statistic} of {model.score.out_features} outputs"
+        return f"{model.trunk.family}, {statistic}, transform {self.transform}, {normalised}"
+
+    def forward_flops(self, rows: list[Row]) -> int:
+        """Operations that scoring these rows takes."""
+        return speed.forward_flops(self.model.trunk, rows, head=False)
 
     @torch.no_grad()
-    def outputs(self, rows):
-        """Raw outputs for rows (batching.Row) that all have K responses.  -> (B,K,N)"""
+    def outputs(self, rows: list[Row]) -> Tensor:
+        """Raw outputs for rows that all have K responses.  -> (B,K,N)"""
         device = next(self.model.parameters()).device
-        plan, parts = micro_batches([row.columns for row in rows], self.max_tokens), {}
-        for part in plan:
-            raw = self.model(pack_rows([rows[i] for i in part]).to(device))
-            parts.update(zip(part, raw))
-        return torch.stack([parts[i] for i in range(len(rows))])
+        outputs = [None] * len(rows)
+        for indices in micro_batches([row.num_tokens for row in rows], self.max_tokens):
+            batch = pack_rows([rows[i] for i in indices]).to(device)
+            with precision.autocast(self.model, self.dtype):
+                raw = self.model(batch)
+            for i, output in zip(indices, raw):
+                outputs[i] = output
+        return torch.stack(outputs)
 
-    def raw(self, outputs):
-        """The mapped statistic before normalisation.  (...,N) -> (...)"""
-        return MAPS[self.map](statistic(outputs, self.statistic))
+    def raw(self, outputs: Tensor) -> Tensor:
+        """The transformed statistic before normalisation.  (...,N) -> (...)"""
+        return REWARD_TRANSFORMS[self.transform](reduce_quantiles(outputs, self.statistic))
 
-    def fit(self, outputs):
+    def fit_normalisation(self, outputs: Tensor) -> float:
         """Mean 0 and variance 1 over outputs (n,N) of the training mix, for every statistic, with a floor under the deviation.
 
         -> the raw deviation of the mean: under the floor, rewards will deviate by less than 1
         """
-        spread = {}
-        for name in statistics(outputs.shape[-1]):
-            raw = MAPS[self.map](statistic(outputs, name)).double()
-            spread[name] = raw.std(unbiased=False).item()
-            self.moments[name] = (raw.mean().item(), max(spread[name], STD_FLOOR))
-        self.use("mean")
-        return spread["mean"]
+        deviations = {}
+        for statistic in all_statistics(outputs.shape[-1]):
+            self.select(statistic)
+            raw = self.raw(outputs).double()
+            deviations[statistic] = raw.std(unbiased=False).item()
+            self.norm_stats[statistic] = (raw.mean().item(), max(deviations[statistic], STD_FLOOR))
+        self.select("mean")
+        return deviations["mean"]
 
-    def score_texts(self, prompts, responses, ended, normalised=True):
-        """Rewards of B x K texts.  prompts: B str;  responses: B lists of K str;  ended: B lists of K bool (EOS appended)  ->  (B,K) float32
+    def score_texts(
+        self,
+        prompts: list[str],
+        responses: list[list[str]],
+        ended: list[list[bool]],
+        normalised: bool = True,
+    ) -> Tensor:
+        """Rewards of B x K texts.  ended: was EOS appended?  ->  (B,K) float32
 
-        A prompt too long for this model's context loses its beginning (`self.cut` counts them), a response never its end.
+        A prompt too long for this model's context loses its beginning (counted in num_truncated), a response never its end.
         """
-        groups = [Group(p, [Response(t, ended=e) for t, e in zip(texts, ends)], cut=True)
-                  for p, texts, ends in zip(prompts, responses, ended)]
-        rows, reasons = encode_all(groups, self.tokenizer, self.max_length)
-        if reasons:                              # each response by itself, so that how much its prompt loses depends on it alone
-            groups = [Group(group.prompt, [response], cut=True) for group in groups for response in group.responses]
-            rows, reasons = encode_all(groups, self.tokenizer, self.max_length)
+        groups = []
+        for prompt, texts, ends in zip(prompts, responses, ended):
+            answers = [Response(text, ended=end) for text, end in zip(texts, ends)]
+            groups.append(Group(prompt, answers, truncatable=True))
+        rows, truncated = encode_all(groups, self.tokenizer, self.max_length)
+        if truncated:
+            # each response by itself: how much its prompt loses depends on it alone, not on its neighbours
+            groups = [Group(g.prompt, [answer], truncatable=True) for g in groups for answer in g.responses]
+            rows, truncated = encode_all(groups, self.tokenizer, self.max_length)
             if len(rows) < len(groups):
-                raise InputError(f"a response alone fills the reward model's {self.max_length} positions: allow fewer new tokens")
-        self.cut += sum(reasons.values())
+                raise InputError(
+                    f"a response alone fills the reward model's {self.max_length} positions: allow fewer new tokens"
+                )
+        self.num_truncated += sum(truncated.values())
         raw = self.raw(self.outputs(rows)).float().cpu().view(len(prompts), -1)
         return self.normalise(raw) if normalised else raw
 
-    def normalise(self, raw):
-        """(raw - mean) / deviation of the training mix, by the statistic in use."""
+    def normalise(self, raw: Tensor) -> Tensor:
+        """(raw - mean) / deviation of the training mix, by the statistic selected."""
         return (raw - self.mean) / self.std
-
-
-def _import(path):
-    """The module in a file, which may import modules that lie beside it."""
-    name = f"nanorlhf_user_{Path(path).stem}"                # a file called json.py takes no other module's place
-    folder = str(Path(path).resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)                              # last: what is installed goes before what lies beside
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)       # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:                 # a script that parses its own command line exits
-        raise InputError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from None
-    return module
 
 
 class FunctionReward:
     """`path.py:function` with (prompts, responses) -> scores, both flat lists of str of one length. Runs the user's code."""
 
-    def __init__(self, spec):
+    def __init__(self, spec: str):
         path, _, name = spec.rpartition(":")
         if not Path(path).is_file():
             raise InputError(f"{spec}: no file {path}")
-        self.function, self.spec = getattr(_import(path), name, None), spec
+        self.function = getattr(import_file(path), name, None)
+        self.spec = spec
         if not callable(self.function):
             raise InputError(f"{spec}: {path} has no function {name!r}")
 
-    def score_texts(self, prompts, responses, ended, normalised=True):
-        """As RewardModel.score_texts; raw and normalised are the same."""
+    def to(self, device: torch.device, dtype: str, compile: bool = False) -> "FunctionReward":
+        return self
+
+    def describe(self) -> str:
+        return f"function {self.spec}, taken as it is"
+
+    def forward_flops(self, rows: list[Row]) -> int:
+        return 0
+
+    def score_texts(
+        self,
+        prompts: list[str],
+        responses: list[list[str]],
+        ended: list[list[bool]],
+        normalised: bool = True,
+    ) -> Tensor:
+        """As TextReward.score_texts; raw and normalised are the same."""
         k = len(responses[0])
+        flat_prompts = [prompt for prompt in prompts for _ in range(k)]
         flat = [text for texts in responses for text in texts]
         try:
-            scores = [float(score) for score in self.function([p for p in prompts for _ in range(k)], flat)]
+            scores = [float(score) for score in self.function(flat_prompts, flat)]
         except (Exception, SystemExit) as error:
             raise InputError(f"{self.spec} raised {type(error).__name__}: {str(error)[:200]}") from None
         if len(scores) != len(flat):
             raise InputError(f"{self.spec} returned {len(scores)} scores for {len(flat)} responses")
-        bad = next((i for i, score in enumerate(scores) if not math.isfinite(score)), None)
-        if bad is not None:
-            raise InputError(f"{self.spec} returned {scores[bad]} for the response {flat[bad][:60]!r}")
+        for score, text in zip(scores, flat):
+            if not math.isfinite(score):
+                raise InputError(f"{self.spec} returned {score} for the response {text[:60]!r}")
         return torch.tensor(scores).view(len(prompts), k)
 
-    def normalise(self, raw):
+    def normalise(self, raw: Tensor) -> Tensor:
         """A function's scores are taken as they are."""
         return raw
 
 
-def is_function(spec):
+def is_function(spec: str) -> bool:
     return bool(re.search(r"\.py:\w+$", spec))

@@ -28,14 +28,17 @@ from typing import Callable
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanorlhf import checkpoint, config, data, runs, sample, tokenizer
+from nanorlhf import sample
 from nanorlhf.batching import encode_all, pack_rows
-from nanorlhf.config import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.heads import Policy, Scorer
+from nanorlhf.heads import Policy, RewardModel
+from nanorlhf.io import data, hub, read, tokenizer
+from nanorlhf.io.read import InputError
 from nanorlhf.llama import Llama, LlamaConfig
-from nanorlhf.reward import RewardModel
-from nanorlhf.study import __main__ as study, evaluate, findings, judge
+from nanorlhf.reward import TextReward
+from nanorlhf.run import cli, run_folder
+from nanorlhf.study import __main__ as study
+from nanorlhf.study import evaluate, findings, judge
 
 LIMIT, SHARE = 10.0, 6                   # seconds of this process's own time: what takes longer, hangs; of the clock, six times that: others work here too
 LONGEST = 1000                           # letters of one line that somebody is to read
@@ -258,11 +261,11 @@ def model_files(folder, family, reward=False):
     tok = tokenizer.train_bpe(TEXTS, 270) if family == "gpt2" else tokenizer.train_sentencepiece(TEXTS, 340)
     trunk = kind(type(sizes)(**{**vars(sizes), "vocab_size": tok.vocab_size, "tie_word_embeddings": True}))
     if reward:
-        model = RewardModel(Scorer(trunk, 3), tok, moments={"mean": (0.1, 0.5), "q0": (0.0, 1.0)})
+        model = TextReward(RewardModel(trunk, 3), tok, norm_stats={"mean": (0.1, 0.5), "q0": (0.0, 1.0)})
         torch.nn.init.normal_(model.model.score.weight, std=0.3)
-        checkpoint.save_reward_model(folder, model)
+        hub.save_reward_model(folder, model)
     else:
-        checkpoint.save_policy(folder, Policy(trunk), tok)
+        hub.save_policy(folder, Policy(trunk), tok)
     return contents(folder)
 
 
@@ -373,7 +376,7 @@ def use_groups(result):
     groups = result.train + result.held_out if isinstance(result, data.Data) else result[0]
     for group in groups:
         for labels in ("auto", "place", "label", "scores"):
-            data.judge(group.responses, labels)
+            data.derive_labels(group.responses, labels)
     rows, _ = encode_all(groups, Letters, 10_000, target="scores")
     assert not rows or all(x.isfinite().all() for x in (pack_rows(rows).targets, pack_rows(rows).place))
     raw = data.write_groups(groups)
@@ -408,7 +411,7 @@ class Replies:
 def ask(folder):
     """A judge behind HTTP, whose server answers with the file."""
     found = judge.OpenAI("http://localhost:1/v1", "m", folder / "new-cache.jsonl", sleep=lambda seconds: None)
-    found.key, found.opener = "key", Replies(config.read_bytes(folder / "reply.json"))
+    found.key, found.opener = "key", Replies(read.read_bytes(folder / "reply.json"))
     assert found.compare("A passage\nQuestion:", " Who?", " Why?") in (-1, 0, 1, None)
     return found
 
@@ -432,11 +435,11 @@ def opened(folder):
 
 def words(folder):
     """A command line, a word a line."""
-    given = config.read_bytes(folder / "words").decode("utf-8", "surrogateescape").split("\n")
+    given = read.read_bytes(folder / "words").decode("utf-8", "surrogateescape").split("\n")
     kind = {"judge": judge.Config, "evaluate": evaluate.Config, "sample": sample.Config}.get(given[0], study.Config)
     try:
-        found = config.parse(kind, given[1:])
-        config.check(found, **{name: (0, 10) for name in ("k", "seeds", "seed") if hasattr(found, name)})
+        found = cli.parse(kind, given[1:])
+        cli.check_bounds(found, **{name: (0, 10) for name in ("k", "seeds", "seed") if hasattr(found, name)})
     except SystemExit:                   # --help
         return
 
@@ -468,19 +471,19 @@ def a_model():
 
 def run_files(folder):
     """A run that stopped after two steps, without checksums."""
-    runs.begin(RunConfig(str(folder)), "train_x", "nowhere")
+    run_folder.write_config(RunConfig(str(folder)), "train_x", "nowhere")
     model, optimizer = a_model()
     for step in (1, 2):
         sum(p.sum() for p in model.parameters()).backward()
         optimizer.step()
-        runs.save(RunConfig(str(folder)), "train_x", model, optimizer, step, lambda: None)
+        run_folder.save(RunConfig(str(folder)), "train_x", model, optimizer, step, lambda: None)
     return contents(folder)
 
 
 def go_on(folder):
     try:
-        if runs.resumable(RunConfig(str(folder)), "train_x"):
-            runs.load(RunConfig(str(folder)), *a_model(), {"step": 0})
+        if run_folder.resumable(RunConfig(str(folder)), "train_x"):
+            run_folder.load(RunConfig(str(folder)), *a_model(), {"step": 0})
     finally:
         torch.set_num_threads(1)
 
@@ -502,12 +505,12 @@ def readers(scratch):
         Reader("HH .jsonl.gz", {"h.jsonl.gz": gzip.compress(PAIRS)}, lambda f: data.read_groups(f / "h.jsonl.gz"), json_rows("h.jsonl.gz"), 6, use_groups),
         Reader("a folder of JSONL", {"train.jsonl": GROUPS, "val.jsonl": GROUPS}, data.load, json_rows("train.jsonl", "val.jsonl"), 6, use_groups),
         Reader("FairytaleQA", FAIRYTALE, data.load, csv_rows, 12, use_groups),
-        Reader("vocab.json, merges.txt", plain, checkpoint.load_tokenizer, None, 6, use_tokenizer),
-        Reader("tokenizer.json", tokenizer_json(gpt2), checkpoint.load_tokenizer, None, 10, use_tokenizer),
-        Reader("tokenizer.model", {"tokenizer.model": llama["tokenizer.model"]}, checkpoint.load_tokenizer, None, 8, use_tokenizer),
-        Reader("load_policy", gpt2, checkpoint.load_policy, None, 10, use_model),
-        Reader("load_trunk, shards", split, lambda f: checkpoint.load_trunk(f, head=False), None, 8, use_model),
-        Reader("load_reward_model", reward, checkpoint.load_reward_model, None, 8, use_model),
+        Reader("vocab.json, merges.txt", plain, hub.load_tokenizer, None, 6, use_tokenizer),
+        Reader("tokenizer.json", tokenizer_json(gpt2), hub.load_tokenizer, None, 10, use_tokenizer),
+        Reader("tokenizer.model", {"tokenizer.model": llama["tokenizer.model"]}, hub.load_tokenizer, None, 8, use_tokenizer),
+        Reader("load_policy", gpt2, hub.load_policy, None, 10, use_model),
+        Reader("load_trunk, shards", split, lambda f: hub.load_trunk(f, head=False), None, 8, use_model),
+        Reader("load_reward_model", reward, hub.load_reward_model, None, 8, use_model),
         Reader("evaluate --reward", run, measured, None, 2),
         Reader("evaluate --a --b", {"a.jsonl": GROUPS, "b.jsonl": GROUPS}, lambda f: evaluate.matched(f / "a.jsonl", f / "b.jsonl")),
         Reader("judge replay", {"r.jsonl": GROUPS}, lambda f: named("replay", f / "r.jsonl")),

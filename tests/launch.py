@@ -19,14 +19,16 @@ from pathlib import Path
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import torch                                     # noqa: E402
+import torch  # noqa: E402
 
-import train_ppo                                 # noqa: E402
-import train_rm                                  # noqa: E402
-import train_sft                                 # noqa: E402
-from nanorlhf import batching, config, dist, files, losses, ppo, runs, sample       # noqa: E402
-from nanorlhf.study import evaluate              # noqa: E402
-from nanorlhf.study import __main__ as study     # noqa: E402
+import train_ppo  # noqa: E402
+import train_rm  # noqa: E402
+import train_sft  # noqa: E402
+from nanorlhf import batching, losses, ppo, sample
+from nanorlhf.io import files
+from nanorlhf.run import cli, dist, run_folder
+from nanorlhf.study import __main__ as study
+from nanorlhf.study import evaluate
 
 SCRIPTS = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo, "sample": sample, "evaluate": evaluate, "study": study}
 LEFT = 60                                        # seconds; a run that is left waiting for longer waits for ever
@@ -44,13 +46,13 @@ def mean_of_means():
         return wrong
     seen = {}
 
-    def plans(columns, max_tokens, processes):
-        found = batching_plans(columns, max_tokens, processes)
+    def plans(rows, max_tokens, processes):
+        found = batching_plans(rows, max_tokens, processes)
         seen["parts"] = sum(map(len, found))
         return found
-    batching_plans = batching.plans
+    batching_plans = batching.plan_micro_batches
     for script in (train_sft, train_rm, train_ppo):
-        script.plans = plans
+        script.plan_micro_batches = plans
     parts = lambda: seen["parts"]
     train_sft.sft_loss = own_count(losses.sft_loss, parts)
     losses.ranking_loss = own_count(losses.ranking_loss, parts)
@@ -65,28 +67,28 @@ def own_whitening():
 
     def wrong(x, mask):
         mine = torch.zeros(len(mask), dtype=torch.bool)
-        mine[dist.rank()::dist.world()] = True
-        return whiten(x, mask, ppo.moments(x[mine], mask[mine]))
+        mine[dist.rank()::dist.world_size()] = True
+        return whiten(x, mask, ppo.masked_sums(x[mine], mask[mine]))
     ppo.whiten = wrong
 
 
 def averaged():
     """Gradients are averaged over the processes, as a distributed wrapper does, and nobody multiplies by their number."""
-    add = dist.add_gradients
+    add = dist.all_reduce_gradients
 
     def wrong(model):
         add(model)
         for p in model.parameters():
             if p.grad is not None:
-                p.grad /= dist.world()
-    dist.add_gradients = wrong
+                p.grad /= dist.world_size()
+    dist.all_reduce_gradients = wrong
 
 
 def same_shard():
     """Every process has the first one's share."""
     dist_rank = dist.rank
     for script in (train_sft, train_rm, train_ppo):
-        script.plans = lambda *arguments: [batching.plans(*arguments)[0]] * dist.world()
+        script.plan_micro_batches = lambda *arguments: [batching.plan_micro_batches(*arguments)[0]] * dist.world_size()
     assert dist_rank() >= 0
 
 
@@ -98,7 +100,7 @@ def nan_loss():
         def wrong(*arguments):
             calls[0] += torch.is_grad_enabled()
             found = function(*arguments)
-            if not torch.is_grad_enabled() or calls[0] not in NAN_CALLS or dist.rank() < dist.world() - 1:
+            if not torch.is_grad_enabled() or calls[0] not in NAN_CALLS or dist.rank() < dist.world_size() - 1:
                 return found
             return (found[0] * float("nan"), found[1]) if isinstance(found, tuple) else found * float("nan")
         return wrong
@@ -107,7 +109,7 @@ def nan_loss():
 
 def full_disk():
     """After the first save the disk is filled by a file beside the run's folder: with its last bytes too."""
-    save = runs.save
+    save = run_folder.save
 
     def wrong(config, *arguments, **named):
         save(config, *arguments, **named)
@@ -117,7 +119,7 @@ def full_disk():
                     with contextlib.suppress(OSError):
                         while True:
                             file.write(bytes(size))
-    runs.save = wrong
+    run_folder.save = wrong
 
 
 NAN_CALLS = {2, 3, 5, 6, 7, 8, 9}
@@ -160,7 +162,7 @@ def child(job, environment, errors):
             FAULTS[job["fault"]]()
         sys.argv = [job["script"]] + [word for key, value in job["flags"].items() for word in (f"--{key}", str(value))]
         module = SCRIPTS[job["script"]]
-        config.run(module.main, module.Config)
+        cli.run_script(module.main, module.Config)
         code = 0
     except SystemExit as left:
         code = left.code or 0
@@ -205,7 +207,7 @@ def halves(out, began):
     """Temporary files that have been written since, in a run folder and in its model folder."""
     found = []
     for folder in (Path(out), Path(out) / "model"):
-        for path in files.halves(folder):
+        for path in files.partial_files(folder):
             with contextlib.suppress(FileNotFoundError):
                 found += [path] * (path.stat().st_mtime >= began)
     return found

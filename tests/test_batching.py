@@ -9,13 +9,27 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from nanorlhf import batching, data, losses, ppo
-from nanorlhf.batching import Row, ahead, context_limit, deal, encode_all, micro_batches, order, pack, pack_rows, plans, take
-from nanorlhf.config import InputError
-from nanorlhf.data import Group, Response
+from nanorlhf import batching, losses, ppo
+from nanorlhf.attention import prefix_mask
+from nanorlhf.batching import (
+    Row,
+    batch_indices,
+    encode_all,
+    micro_batches,
+    pack,
+    pack_rows,
+    partition,
+    permutation,
+    plan_micro_batches,
+    prefetch,
+)
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.heads import Policy, Scorer
+from nanorlhf.heads import Policy, RewardModel
+from nanorlhf.io import data
+from nanorlhf.io.data import Group, Response
+from nanorlhf.io.read import InputError
 from nanorlhf.llama import Llama, LlamaConfig
+from nanorlhf.run.cli import context_limit
 
 VOCAB, CONTEXT = 37, 16
 
@@ -43,7 +57,7 @@ def policy_of(name, dtype):
 
 
 def scorer_of(name, dtype):
-    return random_model(name, lambda trunk: Scorer(trunk, outputs=4), dtype)
+    return random_model(name, lambda trunk: RewardModel(trunk, outputs=4), dtype)
 
 
 def random_rows(ks, seed=0):
@@ -121,10 +135,10 @@ def test_policy_one_row_is_k_rows(name, dtype):
     model, rows = policy_of(name, dtype), random_rows([1, 2, 3, 4, 5, 6])
     batch, tolerance = pack_rows(rows), TOLERANCE[dtype]
     assert batch.tokens.shape[1] > CONTEXT > batch.positions.max()          # a row may be longer than the context, a position may not
-    out = model(batch, temperature=0.7, entropy=ppo.entropy)
-    rollout = rollout_of(batch.mask.shape, out.logprobs, out.values)
+    out = model(batch, temperature=0.7, return_entropy=True)
+    rollout = rollout_of(batch.response_mask.shape, out.logprobs, out.values)
     count = counts(rows)["tokens"]
-    together = policy_losses(out, batch.mask, rollout, count)
+    together = policy_losses(out, batch.response_mask, rollout, count)
 
     alone = {key: 0.0 for key in together}
     fields = {field: torch.zeros_like(getattr(out, field)) for field in out._fields}
@@ -132,17 +146,17 @@ def test_policy_one_row_is_k_rows(name, dtype):
         for k, response in enumerate(row.responses):
             single = pack_rows([Row(row.prompt, [response])])               # the prompt again, one response, no padding
             here = (slice(b, b + 1), slice(k, k + 1), slice(0, len(response)))
-            one = model(single, temperature=0.7, entropy=ppo.entropy)
+            one = model(single, temperature=0.7, return_entropy=True)
             for field in out._fields:
                 fields[field][here] = getattr(one, field).detach()
-            for key, loss in policy_losses(one, single.mask, [x[here] for x in rollout], count).items():
+            for key, loss in policy_losses(one, single.response_mask, [x[here] for x in rollout], count).items():
                 alone[key] = alone[key] + loss
     alike({field: getattr(out, field).detach() for field in out._fields}, fields, tolerance)
     for key in together:
         assert relative(together[key].detach(), alone[key].detach()) < tolerance, key
         alike(gradients(model, together[key]), gradients(model, alone[key]), tolerance)
     # the mean over tokens is what the default count gives
-    assert together["sft"].item() == pytest.approx(losses.sft_loss(out.logprobs, batch.mask).item(), rel=1e-6)
+    assert together["sft"].item() == pytest.approx(losses.sft_loss(out.logprobs, batch.response_mask).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -179,27 +193,27 @@ def test_padding_changes_nothing(name):
     """Other ids, positions and columns in padding and behind masks, NaN where floats stand: bit for bit the same numbers."""
     rows = random_rows([1, 4, 2, 3], seed=3)
     clean, policy, scorer = pack_rows(rows), policy_of(name, torch.float32), scorer_of(name, torch.float32)
-    assert (clean.branch == -1).any() and not clean.mask.all() and not clean.valid.all() and not clean.target_mask.all()
+    assert (clean.branch == -1).any() and not clean.response_mask.all() and not clean.valid.all() and not clean.target_mask.all()
     torch.manual_seed(2)
     fill = lambda x, garbage, keep: torch.where(keep, x, garbage)
     integers = lambda x, high: torch.randint(0, high, x.shape)
     T, inside = clean.tokens.shape[1], clean.branch >= 0
     dirty = dataclasses.replace(
         clean, tokens=fill(clean.tokens, integers(clean.tokens, VOCAB), inside), positions=fill(clean.positions, integers(clean.tokens, CONTEXT), inside),
-        responses=fill(clean.responses, integers(clean.responses, VOCAB), clean.mask), predictor=fill(clean.predictor, integers(clean.mask, T), clean.mask),
-        last=fill(clean.last, integers(clean.last, T), clean.valid), place=fill(clean.place, torch.tensor(torch.nan), clean.valid),
+        responses=fill(clean.responses, integers(clean.responses, VOCAB), clean.response_mask), logit_index=fill(clean.logit_index, integers(clean.response_mask, T), clean.response_mask),
+        last_index=fill(clean.last_index, integers(clean.last_index, T), clean.valid), place=fill(clean.place, torch.tensor(torch.nan), clean.valid),
         label=fill(clean.label, torch.tensor(-1), clean.valid), targets=fill(clean.targets, torch.tensor(torch.nan), clean.target_mask))
-    assert not torch.equal(clean.tokens, dirty.tokens) and not torch.equal(clean.last, dirty.last)
+    assert not torch.equal(clean.tokens, dirty.tokens) and not torch.equal(clean.last_index, dirty.last_index)
     count, results = counts(rows), []
     for batch in (clean, dirty):
-        out, outputs = policy(batch, entropy=ppo.entropy), scorer(batch)
-        rollout = rollout_of(batch.mask.shape, *(results[0][0][key] for key in ("logprobs", "values"))) if results else rollout_of(batch.mask.shape, out.logprobs, out.values)
+        out, outputs = policy(batch, return_entropy=True), scorer(batch)
+        rollout = rollout_of(batch.response_mask.shape, *(results[0][0][key] for key in ("logprobs", "values"))) if results else rollout_of(batch.response_mask.shape, out.logprobs, out.values)
         if batch is dirty:
-            rollout = [torch.where(batch.mask, x, torch.nan) for x in rollout]
+            rollout = [torch.where(batch.response_mask, x, torch.nan) for x in rollout]
         found = {**{field: getattr(out, field).detach() for field in out._fields}, "scores": outputs[clean.valid].detach()}
-        assert all(not found[field][~clean.mask].any() for field in out._fields)      # zeros behind the mask
+        assert all(not found[field][~clean.response_mask].any() for field in out._fields)      # zeros behind the mask
         grads = {}
-        for model, parts in ((policy, policy_losses(out, batch.mask, rollout, count["tokens"])), (scorer, scorer_losses(outputs, batch, count))):
+        for model, parts in ((policy, policy_losses(out, batch.response_mask, rollout, count["tokens"])), (scorer, scorer_losses(outputs, batch, count))):
             found.update({key: loss.detach() for key, loss in parts.items()})
             grads.update({(key, parameter): g for key, loss in parts.items() for parameter, g in gradients(model, loss).items()})
         results.append((found, grads))
@@ -225,18 +239,18 @@ def test_accumulation_is_one_batch(name):
     rows, dtype = random_rows([1, 3, 6, 2, 4, 5, 2, 3], seed=5), torch.float64
     policy, scorer, count, results = policy_of(name, dtype), scorer_of(name, dtype), counts(rows), {}
     whole = pack_rows(rows)
-    full = policy(whole, entropy=ppo.entropy)
-    rollout = rollout_of(whole.mask.shape, full.logprobs, full.values)
+    full = policy(whole, return_entropy=True)
+    rollout = rollout_of(whole.response_mask.shape, full.logprobs, full.values)
     for size in (8, 4, 1):
         total, naive = {}, 0.0
         for first in range(0, 8, size):
             part = rows[first : first + size]
             batch = pack_rows(part)
-            here = (slice(first, first + size), slice(0, batch.mask.shape[1]), slice(0, batch.mask.shape[2]))
-            out = policy(batch, entropy=ppo.entropy)
-            for key, loss in {**policy_losses(out, batch.mask, [x[here] for x in rollout], count["tokens"]), **scorer_losses(scorer(batch), batch, count)}.items():
+            here = (slice(first, first + size), slice(0, batch.response_mask.shape[1]), slice(0, batch.response_mask.shape[2]))
+            out = policy(batch, return_entropy=True)
+            for key, loss in {**policy_losses(out, batch.response_mask, [x[here] for x in rollout], count["tokens"]), **scorer_losses(scorer(batch), batch, count)}.items():
                 total[key] = total.get(key, 0.0) + loss
-            naive = naive + losses.sft_loss(out.logprobs, batch.mask) * size / 8
+            naive = naive + losses.sft_loss(out.logprobs, batch.response_mask) * size / 8
         results[size] = {key: (loss.detach(), gradients(policy if key in ("sft", "policy", "value", "ppo") else scorer, loss)) for key, loss in total.items()}
         if size == 1:
             assert relative(naive.detach(), results[8]["sft"][0]) > 1e-3
@@ -253,54 +267,53 @@ def test_batch_by_hand():
     first = Row([10, 11, 12, 13, 14, 15], [[21, 22, 23], [31, 32, 33, 34], [41, 42]], 7, [2.0, 0.0, 1.0], [0, 1, None], [[-1.0, -1.0], [1.0, 1.0], []])
     other = Row(list(range(15)), [[51, 52]], 3, [0.0], [1], [[0.5]])
     batch = pack_rows([first, other])
-    assert first.columns == 15 and batch.tokens.shape == (2, 17)
+    assert first.num_tokens == 15 and batch.tokens.shape == (2, 17)
     assert batch.tokens[0].tolist() == [10, 11, 12, 13, 14, 15, 21, 22, 23, 31, 32, 33, 34, 41, 42, 0, 0]
     assert batch.branch[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, -1, -1]
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8, 9, 6, 7, 0, 0]
     assert batch.tokens[1].tolist() == [*range(15), 51, 52] and batch.positions[1].tolist() == list(range(17))
     assert batch.branch[1].tolist() == [0] * 15 + [1, 1]
     assert batch.responses.tolist() == [[[21, 22, 23, 0], [31, 32, 33, 34], [41, 42, 0, 0]], [[51, 52, 0, 0], [0] * 4, [0] * 4]]
-    assert batch.mask.tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]], [[1, 1, 0, 0], [0] * 4, [0] * 4]]
+    assert batch.response_mask.tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]], [[1, 1, 0, 0], [0] * 4, [0] * 4]]
     # the last prompt token (column 5) predicts the first token of each response; then the token before
-    assert batch.predictor[0].tolist() == [[5, 6, 7, 0], [5, 9, 10, 11], [5, 13, 0, 0]] and batch.predictor[1, 0].tolist() == [14, 15, 0, 0]
-    assert batch.last.tolist() == [[8, 12, 14], [16, 0, 0]]
+    assert batch.logit_index[0].tolist() == [[5, 6, 7, 0], [5, 9, 10, 11], [5, 13, 0, 0]] and batch.logit_index[1, 0].tolist() == [14, 15, 0, 0]
+    assert batch.last_index.tolist() == [[8, 12, 14], [16, 0, 0]]
     assert batch.valid.tolist() == [[True] * 3, [True, False, False]]
     assert batch.place.tolist() == [[2, 0, 1], [0, 0, 0]] and batch.label.tolist() == [[0, 1, -1], [1, -1, -1]]
     assert batch.targets.tolist() == [[[-1, -1], [1, 1], [0, 0]], [[0.5, 0], [0, 0], [0, 0]]]
     assert batch.target_mask.tolist() == [[[1, 1], [1, 1], [0, 0]], [[1, 0], [0, 0], [0, 0]]]
-    floats, bools = ("place", "targets"), ("mask", "valid", "target_mask")
-    for field in dataclasses.fields(batch):
-        expected = torch.float32 if field.name in floats else torch.bool if field.name in bools else torch.int64
-        assert getattr(batch, field.name).dtype == expected, field.name
-        assert torch.equal(getattr(batch.to("cpu"), field.name), getattr(batch, field.name))
+    floats, bools = ("place", "targets"), ("response_mask", "valid", "target_mask")
+    for name, tensor in batch.tensors().items():
+        expected = torch.float32 if name in floats else torch.bool if name in bools else torch.int64
+        assert tensor.dtype == expected, name
+        assert torch.equal(batch.to("cpu").tensors()[name], tensor)
+    assert batch.lengths == batch.to("cpu").lengths == [15, 17] and len(batch.tensors()) == 12
 
 
 def test_who_sees_whom():
-    """visible: by the words of DESIGN 1, for every pair of columns of a row with padding, in both models."""
-    from nanorlhf import gpt2, llama
+    """prefix_mask: by the words of DESIGN 1, for every pair of columns of a row with padding."""
     branch = pack_rows([Row([1, 2], [[3, 4], [5]]), Row([1] * 4, [[2, 3, 4]])]).branch
-    for visible in (gpt2.visible, llama.visible):
-        seen = visible(branch, branch)[:, 0]
-        for b, i, j in torch.cartesian_prod(*map(torch.arange, seen.shape)).tolist():
-            if branch[b, i] >= 0:
-                assert seen[b, i, j] == (j <= i and branch[b, j] in (0, branch[b, i])), (b, i, j)
-        assert seen.any(-1).all()                                                     # an empty softmax would be NaN
+    seen = prefix_mask(branch, branch)[:, 0]
+    for b, i, j in torch.cartesian_prod(*map(torch.arange, seen.shape)).tolist():
+        if branch[b, i] >= 0:
+            assert seen[b, i, j] == (j <= i and branch[b, j] in (0, branch[b, i])), (b, i, j)
+    assert seen.any(-1).all()                                                         # an empty softmax would be NaN
 
 
 def test_empty_response_reads_the_prompt():
     # response 2 has no token: it ends where the prompt does (column 2), not at its neighbour's last token (column 4)
     batch = pack_rows([Row([1, 2, 0], [[3, 4], [], [5]])])
-    assert batch.last.tolist() == [[4, 2, 5]] and batch.valid.all() and not batch.mask[0, 1].any()
+    assert batch.last_index.tolist() == [[4, 2, 5]] and batch.valid.all() and not batch.response_mask[0, 1].any()
     scorer = scorer_of("gpt2", torch.float64)
     assert relative(scorer(batch)[0, 1], scorer(pack_rows([Row([1, 2, 0], [[]])]))[0, 0]) < 1e-10
 
 
 def test_no_response_at_all():
     batch = pack_rows([Row([1, 2, 3], [])])
-    assert batch.mask.shape == batch.targets.shape == (1, 1, 1) and not batch.mask.any() and not batch.valid.any() and not batch.target_mask.any()
+    assert batch.response_mask.shape == batch.targets.shape == (1, 1, 1) and not batch.response_mask.any() and not batch.valid.any() and not batch.target_mask.any()
     assert pack_rows([Row([1, 2, 3], []), Row([1, 2, 3, 4], [])]).branch.tolist() == [[0, 0, 0, -1], [0, 0, 0, 0]]
-    out = policy_of("llama", torch.float32)(batch, entropy=ppo.entropy)
-    assert losses.sft_loss(out.logprobs, batch.mask).item() == 0.0
+    out = policy_of("llama", torch.float32)(batch, return_entropy=True)
+    assert losses.sft_loss(out.logprobs, batch.response_mask).item() == 0.0
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan
@@ -316,10 +329,10 @@ def test_micro_batches_by_hand():
 
 def test_deal_by_hand():
     # the longest first, each to whoever has least: loads 5 0, 5 3, 5 6, 7 6, 7 8, 8 8
-    assert deal([5, 3, 3, 2, 2, 1], 2) == [[0, 3, 5], [1, 2, 4]]
-    assert deal([1, 9], 3) == [[1], [0], []] and deal([], 2) == [[], []]              # a process may have none
-    assert deal([2, 2, 2, 2], 2) == [[0, 2], [1, 3]]                                  # equal rows in turn
-    assert deal([4, 7, 1], 1) == [[0, 1, 2]]
+    assert partition([5, 3, 3, 2, 2, 1], 2) == [[0, 3, 5], [1, 2, 4]]
+    assert partition([1, 9], 3) == [[1], [0], []] and partition([], 2) == [[], []]              # a process may have none
+    assert partition([2, 2, 2, 2], 2) == [[0, 2], [1, 3]]                                  # equal rows in turn
+    assert partition([4, 7, 1], 1) == [[0, 1, 2]]
 
 
 def test_deal_at_random():
@@ -327,16 +340,17 @@ def test_deal_at_random():
     draw = random.Random(0)
     for n, processes in [(n, processes) for n in (1, 7, 40) for processes in (1, 2, 3, 8)]:
         columns = [draw.randint(1, 300) for _ in range(n)]
-        shares = deal(columns, processes)
+        shares = partition(columns, processes)
         loads = [sum(columns[i] for i in share) for share in shares]
         assert sorted(sum(shares, [])) == list(range(n)) and len(shares) == processes and max(loads) - min(loads) <= max(columns)
 
 
 def test_plans_are_micro_batches_of_each_share():
-    columns = [5, 3, 3, 2, 2, 1]
-    assert plans(columns, 6, 1) == [micro_batches(columns, 6)] == [[[0], [1, 2], [3, 4, 5]]]
-    assert plans(columns, 6, 2) == [[[0], [3, 5]], [[1, 2], [4]]]                     # indices of the step, not of the share
-    assert plans([4], 6, 2) == [[[0]], []]
+    lengths = [5, 3, 3, 2, 2, 1]
+    rows = [Row([1] * n, []) for n in lengths]
+    assert plan_micro_batches(rows, 6, 1) == [micro_batches(lengths, 6)] == [[[0], [1, 2], [3, 4, 5]]]
+    assert plan_micro_batches(rows, 6, 2) == [[[0], [3, 5]], [[1, 2], [4]]]           # indices of the step, not of the share
+    assert plan_micro_batches(rows[:1], 6, 2) == [[[0]], []]
 
 
 def test_micro_batches_at_random():
@@ -355,22 +369,22 @@ def test_micro_batches_at_random():
 @pytest.mark.parametrize("n, groups", [(10, 3), (7, 7), (5, 8), (1, 4), (12, 4)])
 def test_take_every_item_once_an_epoch(n, groups):
     steps = 3 * n                                                                      # groups x 3n items: a whole number of epochs
-    stream = [i for step in range(steps) for i in take(n, groups, step, seed=3)]
+    stream = [i for step in range(steps) for i in batch_indices(n, groups, step, seed=3)]
     epochs = [stream[at : at + n] for at in range(0, len(stream), n)]
     assert len(stream) == steps * groups and all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if n >= 7:
         assert len(set(map(tuple, epochs))) == len(epochs)                             # each epoch in its own order
-        assert stream != [i for step in range(steps) for i in take(n, groups, step, seed=4)]
+        assert stream != [i for step in range(steps) for i in batch_indices(n, groups, step, seed=4)]
     # resume: a step asked for alone, out of order, is the same step
-    assert [take(n, groups, step, 3) for step in reversed(range(steps))] == [stream[at : at + groups] for at in range(0, len(stream), groups)][::-1]
+    assert [batch_indices(n, groups, step, 3) for step in reversed(range(steps))] == [stream[at : at + groups] for at in range(0, len(stream), groups)][::-1]
 
 
 def test_order_is_pinned():
     """A resumed run of an older version must meet the same items: Philox is specified, so these numbers stay."""
-    assert order(8, 0, 0).tolist() == [2, 0, 4, 1, 7, 5, 3, 6] and order(8, 0, 1).tolist() == [0, 7, 6, 4, 1, 3, 2, 5]
+    assert permutation(8, 0, 0).tolist() == [2, 0, 4, 1, 7, 5, 3, 6] and permutation(8, 0, 1).tolist() == [0, 7, 6, 4, 1, 3, 2, 5]
     # step 3 of 4 items is items 12 to 15, the second half of epoch 1; integers that json knows
-    assert take(8, 4, 3, seed=0) == [1, 3, 2, 5] and {type(i) for i in take(8, 4, 3, seed=0)} == {int}
-    counts_of_first = Counter(int(order(5, seed, 0)[0]) for seed in range(2000))
+    assert batch_indices(8, 4, 3, seed=0) == [1, 3, 2, 5] and {type(i) for i in batch_indices(8, 4, 3, seed=0)} == {int}
+    counts_of_first = Counter(int(permutation(5, seed, 0)[0]) for seed in range(2000))
     # each of 5 comes first 400 times, deviation sqrt(2000 * .2 * .8) = 17.9; five of them are 90
     assert all(abs(counts_of_first[i] - 400) < 90 for i in range(5))
 
@@ -398,7 +412,7 @@ def ids(text):
 def test_encode_eos_only_where_it_ended():
     group = Group("ab", [Response("xy", place=1), Response("z", place=0, ended=False)])
     row = batching.encode(group, Letters(), index=5)
-    assert row == Row([1, 97, 98], [[120, 121, 2], [122]], 5, [1.0, 0.0], [0, 1], [[-1.0], [1.0]]) and row.columns == 7
+    assert row == Row([1, 97, 98], [[120, 121, 2], [122]], 5, [1.0, 0.0], [0, 1], [[-1.0], [1.0]]) and row.num_tokens == 7
     assert batching.encode(group, Letters(None)).prompt == [97, 98]
     panel = Group("ab", [Response("x", scores=[0.5, 0.1]), Response("y", scores=[0.9])])
     assert batching.encode(panel, Letters()).targets == [[-1.0], [1.0]]               # comparisons won and lost
@@ -414,12 +428,12 @@ def test_encode_eos_only_where_it_ended():
 def test_encode_all_cuts_dialogues_from_the_left_and_drops_passages():
     # 10 positions; longest response "wxyz" + EOS = 5, so 5 are left for the prompt: BOS and its last four letters
     responses = lambda: [Response("wxyz"), Response("v")]
-    groups = [Group("abcdefgh", responses(), cut=True),                 # cut
+    groups = [Group("abcdefgh", responses(), truncatable=True),                 # cut
               Group("abcdefgh", responses()),                           # passage: dropped
               Group("abcd", responses()),                               # BOS + 4 = 5: fits exactly
-              Group("abcd", [Response("123456789")], cut=True),         # 9 + EOS = 10: fills the context, dropped
-              Group("abcd", [Response("12345678")], cut=True),          # 8 + EOS = 9: one position, too few for BOS and a letter
-              Group("abcdefgh", [], cut=True),                          # no responses: 9 <= 10
+              Group("abcd", [Response("123456789")], truncatable=True),         # 9 + EOS = 10: fills the context, dropped
+              Group("abcd", [Response("12345678")], truncatable=True),          # 8 + EOS = 9: one position, too few for BOS and a letter
+              Group("abcdefgh", [], truncatable=True),                          # no responses: 9 <= 10
               Group("abcdefghi", []), Group("abcdefghij", [])]          # 10 fits, 11 is dropped
     rows, reasons = encode_all(groups, Letters(), 10)
     assert [row.index for row in rows] == [0, 2, 4, 5, 6]               # the place in the data, whatever was dropped
@@ -430,7 +444,7 @@ def test_encode_all_cuts_dialogues_from_the_left_and_drops_passages():
     assert len(rows) + sum(n for reason, n in reasons.items() if "kept" not in reason) == len(groups)
     assert encode_all(groups[:1], Letters(None), 10)[0][0].prompt == ids("defgh")       # no BOS to keep: five letters
     # room for 2 new tokens leaves 8 for a prompt: BOS and its last seven letters;  a passage of 10 is dropped
-    assert [row.prompt for row in encode_all(groups[5:7], Letters(), 10, new=2)[0]] == [[1, *ids("bcdefgh")]]
+    assert [row.prompt for row in encode_all(groups[5:7], Letters(), 10, max_new_tokens=2)[0]] == [[1, *ids("bcdefgh")]]
 
 
 def test_encode_all_at_random():
@@ -447,7 +461,7 @@ def test_encode_all_at_random():
             assert 1 <= len(row.prompt) and len(row.prompt) + max(map(len, row.responses)) <= 16
             if row.prompt != full:
                 cut += 1
-                assert group.cut and len(row.prompt) + max(map(len, row.responses)) == 16           # no more than needed
+                assert group.truncatable and len(row.prompt) + max(map(len, row.responses)) == 16           # no more than needed
                 letters = row.prompt[1:] if row.prompt[0] == 1 else row.prompt
                 assert full[len(full) - len(letters):] == letters
                 assert row.prompt[0] == 1 or bos is None or len(row.prompt) == 1
@@ -472,15 +486,15 @@ def test_pack_refuses_with_one_line():
 
 def test_ahead_yields_the_plan():
     rows = random_rows([2, 1, 3, 4, 2])
-    plan = micro_batches([row.columns for row in rows], 40)
-    found = list(ahead(rows, plan, torch.device("cpu")))
+    plan = micro_batches([row.num_tokens for row in rows], 40)
+    found = list(prefetch(rows, plan, torch.device("cpu")))
     assert len(found) == len(plan) > 1
     for batch, part in zip(found, plan):
         expected = pack_rows([rows[i] for i in part])
-        assert all(torch.equal(getattr(batch, f.name), getattr(expected, f.name)) for f in dataclasses.fields(batch))
-        assert sum(rows[i].columns for i in part) <= 40 or len(part) == 1
-    assert list(ahead(rows, [], torch.device("cpu"))) == []
-    assert all(batch.tokens.is_meta for batch in ahead(rows, plan, torch.device("meta")))          # on the device that was asked for
+        assert all(torch.equal(batch.tensors()[name], tensor) for name, tensor in expected.tensors().items()) and batch.lengths == expected.lengths
+        assert sum(rows[i].num_tokens for i in part) <= 40 or len(part) == 1
+    assert list(prefetch(rows, [], torch.device("cpu"))) == []
+    assert all(batch.tokens.is_meta for batch in prefetch(rows, plan, torch.device("meta")))          # on the device that was asked for
 
 
 def test_ahead_copies_the_next_batch_before_this_one_is_used(monkeypatch):
@@ -518,22 +532,22 @@ def test_ahead_copies_the_next_batch_before_this_one_is_used(monkeypatch):
         for name in ("pin_memory", "to", "record_stream"):
             patch.setattr(torch.Tensor, name, note(name), raising=False)
         found = []
-        for batch in ahead(rows, [[0], [1], [2]], device):
+        for batch in prefetch(rows, [[0], [1], [2]], device):
             log.append("used")
             found.append(batch)
-        assert list(ahead(rows, [], device)) == []
+        assert list(prefetch(rows, [], device)) == []
     # twelve tensors a batch: pinned, then copied without waiting, while `copying` is the stream; a batch is used once its copy is waited for
     copy = ["on copying"] + [("pin_memory",)] * 12 + [("to", "cuda:0", ("non_blocking", True))] * 12 + ["copying: copied", "off"]
     use = lambda n: [f"computing: waits for event {n}"] + [("record_stream", "computing")] * 12 + ["used"]
     assert log == copy + copy + use(1) + copy + use(2) + use(3)
     for batch, part in zip(found, expected, strict=True):
-        assert all(torch.equal(getattr(batch, f.name), getattr(part, f.name)) for f in dataclasses.fields(part))
+        assert all(torch.equal(batch.tensors()[name], tensor) for name, tensor in part.tensors().items())
 
 
 def test_apart_is_every_pair_once():
     """K = 4 makes 6 groups of two; their ranking losses have the same mean as the group's, and the same gradient in the scores."""
     group = Group("p", [Response(t, place=p) for t, p in zip("abcd", (2, 0, 3, 1))], extra={"id": 1})
-    pairs = data.apart([group, Group("q", [Response("e")])])                            # one response makes no pair
+    pairs = data.split_into_pairs([group, Group("q", [Response("e")])])                            # one response makes no pair
     assert [tuple(r.text for r in pair.responses) for pair in pairs] == list(combinations("abcd", 2))
     assert all(pair.prompt == "p" and pair.extra == {"id": 1} for pair in pairs)
     scores = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
@@ -543,5 +557,5 @@ def test_apart_is_every_pair_once():
     six = losses.ranking_loss(scores[index], apart.place, apart.valid)
     assert one.item() == pytest.approx(six.item(), rel=1e-12)
     assert torch.allclose(*(torch.autograd.grad(loss, scores)[0] for loss in (one, six)), rtol=1e-12)
-    tied = data.apart([Group("p", [Response(t, place=p) for t, p in zip("abc", (0, 0, 1))])])
+    tied = data.split_into_pairs([Group("p", [Response(t, place=p) for t, p in zip("abc", (0, 0, 1))])])
     assert [len(set(batching.encode(pair, Letters()).place)) for pair in tied] == [1, 2, 2]      # a tie makes no pair

@@ -8,8 +8,9 @@ import torch
 
 from benchmarks import generation, growth, ppo_step
 from benchmarks import side_by_side as bench
-from nanorlhf import checkpoint, config, tokenizer
-from nanorlhf.config import InputError
+from nanorlhf.io import hub, tokenizer
+from nanorlhf.io.read import InputError
+from nanorlhf.run import cli
 
 TINY_POINT = {"k": 3, "prompt": 9, "new": 4, "layers": 2, "width": 64}
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def options(benchmark, folder, *more):
-    return config.parse(benchmark.Config, ["--data", str(folder), "--size", "tiny", "--runs", "1", "--steps", "2", *more])
+    return cli.parse(benchmark.Config, ["--data", str(folder), "--size", "tiny", "--runs", "1", "--steps", "2", *more])
 
 
 def test_sampling_alone(folder):
@@ -38,9 +39,9 @@ def test_compared_log_probabilities_are_those_of_the_plain_text(folder, tmp_path
     # of a text in a row of its own: the probes after the last prompt column, then each token of the continuation
     flags, prompts, continuation = options(generation, folder), [[5, 6, 7, 8], [9, 8, 7, 6]], [3, 2]
     bench.save_policy(flags, tmp_path / "policy")
-    job = {"model": str(tmp_path / "policy"), "prompts": prompts, "k": 2, "max_new": 3, "temperature": 1.0, "dtype": "float32", "seed": 0, "steps": 1,
+    job = {"model": str(tmp_path / "policy"), "prompts": prompts, "k": 2, "max_new_tokens": 3, "temperature": 1.0, "dtype": "float32", "seed": 0, "steps": 1,
            "probe": [11, 12], "continuation": continuation}
-    side, expected, policy = generation.sampling(job), [], checkpoint.load_policy(tmp_path / "policy")
+    side, expected, policy = generation.sampling(job), [], hub.load_policy(tmp_path / "policy")
     for prompt in prompts:
         ids = torch.tensor([prompt + continuation])
         with torch.no_grad():
@@ -110,7 +111,7 @@ def test_other_mistakes_are_one_line(folder):
     with pytest.raises(InputError, match="--k 3"):
         ppo_step.main(options(ppo_step, folder, "--k", "3"))
     with pytest.raises(InputError, match="0 prompts of 5000 to 6000 tokens"):
-        generation.passages(options(generation, folder), checkpoint.load_tokenizer(folder / "tokenizers"), 5000, 6000, 1)
+        generation.passages(options(generation, folder), hub.load_tokenizer(folder / "tokenizers"), 5000, 6000, 1)
 
 
 def test_one_point_of_growth():

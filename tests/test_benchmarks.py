@@ -9,9 +9,11 @@ import torch
 
 from benchmarks import gpu, limit, memory, reward_fairytale, reward_hh, sft_fairytale, study, table
 from benchmarks import side_by_side as bench
-from nanorlhf import batching, config, data, dist, gpt2, llama, tokenizer
+from nanorlhf import batching, gpt2, llama
 from nanorlhf.batching import Row, pack_rows
-from nanorlhf.heads import Scorer
+from nanorlhf.heads import RewardModel
+from nanorlhf.io import data, read, tokenizer
+from nanorlhf.run import cli, precision
 
 WHO = ("fox", "king", "queen", "bear", "crow", "wolf")
 
@@ -39,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def options(benchmark, folder, *more):
-    return config.parse(benchmark.Config, ["--data", str(folder), "--size", "tiny", "--runs", "1", "--steps", "2", *more])
+    return cli.parse(benchmark.Config, ["--data", str(folder), "--size", "tiny", "--runs", "1", "--steps", "2", *more])
 
 
 def side(seconds, losses=(1.0,), memory=1.0, **found):
@@ -65,7 +67,7 @@ def test_memory_is_the_scripts_own_and_saving_is_in_no_figure(folder, tmp_path, 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_bytes(data.write_groups([data.Group("a b", [data.Response(" c")])]))
     ours = bench.run_ours("train_sft.py", {"data": tmp_path / "data", "init": "gpt2-nano", "out": tmp_path / "run", "steps": 2, "groups": 1})
-    assert "--steps=3" in started[0] and len(ours.seconds) == len(ours.losses) == len(ours.found["share"]) == 2 and not (tmp_path / "run").exists()
+    assert "--steps=3" in started[0] and len(ours.seconds) == len(ours.losses) == len(ours.found["mfu"]) == 2 and not (tmp_path / "run").exists()
     assert 0.1 < ours.memory_gb < 1.3 < table.peak_gb() and held[0] == 1
 
 
@@ -78,7 +80,7 @@ def test_the_script_takes_the_groups_that_the_peer_is_given(folder, monkeypatch)
     reward_hh.main(options(reward_hh, folder))
     assert seen["flags"]["steps"] == 2 and len(seen["ours"]) == 2 * 8
     for step, batch in enumerate(seen["job"]["batches"]):
-        groups = [seen["ours"][i] for i in batching.take(16, 8, step, seen["flags"]["seed"])]
+        groups = [seen["ours"][i] for i in batching.batch_indices(16, 8, step, seen["flags"]["seed"])]
         assert [example["prompt"] for example in batch] == [group.prompt for group in groups]
         assert all(example["chosen"] == " gladly" and example["rejected"] == " no" for example in batch)
 
@@ -97,22 +99,22 @@ def test_only_texts_with_the_same_tokens_on_both_sides_are_chosen(folder):
     tok = tokenizer.load(folder / "tokenizers")
     glued = data.Group("The fox sa", [data.Response("w it")])          # as one text "saw" is one token, apart it is two
     clean = data.Group("The fox saw", [data.Response(" it")])
-    long = data.Group("The fox " * 1024, [data.Response(" it")], cut=True)
+    long = data.Group("The fox " * 1024, [data.Response(" it")], truncatable=True)
     assert len(tok.encode("The fox saw it")) < len(tok.encode("The fox sa")) + len(tok.encode("w it"))
     chosen, rows = bench.choose([glued, long, clean], tok, 1)
     assert chosen == [clean] and rows[0].prompt == tok.encode("The fox saw")
-    with pytest.raises(config.InputError, match="has 1 suitable groups, 2 are needed"):
+    with pytest.raises(read.InputError, match="has 1 suitable groups, 2 are needed"):
         bench.choose([glued, long, clean], tok, 2)
 
 
 def test_other_losses_are_refused_and_nothing_is_written(folder, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(bench, "record", written.append)
-    full = config.parse(sft_fairytale.Config, ["--data", str(folder), "--runs", "1"])
+    full = cli.parse(sft_fairytale.Config, ["--data", str(folder), "--runs", "1"])
     for theirs in (1.001, float("nan")):
-        with pytest.raises(config.InputError, match="not the same work: the loss of step 1 is 1 here"):
+        with pytest.raises(read.InputError, match="not the same work: the loss of step 1 is 1 here"):
             bench.measure(full, ROW, lambda: side([1, 1]), lambda: side([1, 1], [theirs]))
-    with pytest.raises(config.InputError, match="step 2"):                               # the same first loss, another optimizer
+    with pytest.raises(read.InputError, match="step 2"):                               # the same first loss, another optimizer
         bench.measure(full, ROW, lambda: side([1, 1], [1, 0.9]), lambda: side([1, 1], [1, 0.8]), later=1e-3)
     assert written == []
     bench.measure(full, ROW, lambda: side([1, 1]), lambda: side([1, 1], [1.00005]))
@@ -124,7 +126,7 @@ def test_other_losses_are_refused_and_nothing_is_written(folder, tmp_path, monke
 def test_medians_ratio_and_order(folder):
     # The first step is left out. Ours: steps 1 2 9 and 3 3 4, median of all six 3, runs' medians 2 and 3; theirs: 12 12 12 and 18 18 18, median 15.
     calls = []
-    ours = iter([side([99, 1, 2, 9], memory=2.0, share=[9, .2, .6, .6], padding=[9, 0, 0, 0]), side([99, 3, 3, 4], share=[9, .6, .7, .7], padding=[9, 0, 0, 0])])
+    ours = iter([side([99, 1, 2, 9], memory=2.0, mfu=[9, .2, .6, .6], padding=[9, 0, 0, 0]), side([99, 3, 3, 4], mfu=[9, .6, .7, .7], padding=[9, 0, 0, 0])])
     theirs = iter([side([0, 12, 12, 12], memory=4.0, padding=[9, .1, .1, .3]), side([0, 18, 18, 18], padding=[9, .1, .1, .3])])
     result = bench.measure(options(sft_fairytale, folder, "--runs", "2"), ROW,
                            lambda: calls.append("ours") or next(ours), lambda: calls.append("peer") or next(theirs))
@@ -153,7 +155,7 @@ def test_the_table_is_written_between_the_markers_and_nowhere_else(tmp_path):
     assert "| other | a peer | **12** | 4 | 0.5 | 6 |  |  |  |  |" in text
     before = json.loads(results.read_text())
     readme.write_text("no markers")
-    with pytest.raises(config.InputError, match="markers are gone"):
+    with pytest.raises(read.InputError, match="markers are gone"):
         table.record(result, results, readme)
     assert readme.read_text() == "no markers" and json.loads(results.read_text()) == before
 
@@ -171,15 +173,15 @@ def test_the_readme_shows_what_results_json_holds():
 def test_mistakes_are_one_line_and_exit_code_2(flags, message, folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reward_hh", "--data", str(folder), *flags])
     with pytest.raises(SystemExit) as stopped:
-        config.run(reward_hh.main, reward_hh.Config)
+        cli.run_script(reward_hh.main, reward_hh.Config)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and len(error.strip().splitlines()) == 1
 
 
 def test_a_script_or_peer_that_fails_says_why(folder, tmp_path):
-    with pytest.raises(config.InputError, match="train_rm.py ended with 2 after 0 steps: error: .*nowhere"):
+    with pytest.raises(read.InputError, match="train_rm.py ended with 2 after 0 steps: error: .*nowhere"):
         bench.run_ours("train_rm.py", {"data": "nowhere", "init": "gpt2-nano", "out": tmp_path / "run", "steps": 2})
-    with pytest.raises(config.InputError, match="absent.py ended with 2 and no result"):
+    with pytest.raises(read.InputError, match="absent.py ended with 2 and no result"):
         bench.run_peer(sys.executable, "absent.py", {}, tmp_path)
 
 
@@ -195,7 +197,7 @@ def test_tuned_and_default_peers_are_two_rows(folder, monkeypatch):
 @pytest.mark.parametrize("work", ["rm", "sft", "decode"])
 def test_the_share_is_the_last_line(work, folder, capsys, monkeypatch):
     monkeypatch.setattr(table, "record", lambda row: pytest.fail("a tiny model writes nothing"))
-    limit.main(config.parse(limit.Config, ["--data", str(folder) if work == "rm" else "", "--size", "tiny", "--rounds", "2", "--work", work]))
+    limit.main(cli.parse(limit.Config, ["--data", str(folder) if work == "rm" else "", "--size", "tiny", "--rounds", "2", "--work", work]))
     *_, last = capsys.readouterr().out.strip().splitlines()
     assert re.fullmatch(r"share \d\.\d\d", last) and float(last.split()[1]) <= 1
 
@@ -240,7 +242,7 @@ def test_without_a_gpu_it_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu"])
     with pytest.raises(SystemExit) as stopped:
-        config.run(gpu.main, gpu.Config)
+        cli.run_script(gpu.main, gpu.Config)
     assert stopped.value.code == 2 and "needs a CUDA GPU" in capsys.readouterr().err
 
 
@@ -258,17 +260,17 @@ def test_the_studys_time(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------- memory
 
-@pytest.mark.parametrize("dtype, recompute", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+@pytest.mark.parametrize("dtype, activation_checkpointing", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
 @pytest.mark.parametrize("family, config", [(gpt2.GPT2, gpt2.GPT2Config(vocab_size=64, n_positions=512, n_embd=32, n_layer=5, n_head=2)), (llama.Llama, llama.LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=5, num_attention_heads=2, max_position_embeddings=512))])
-def test_what_a_backward_keeps_grows_by_the_layer_and_column(family, config, dtype, recompute):
+def test_what_a_backward_keeps_grows_by_the_layer_and_column(family, config, dtype, activation_checkpointing):
     """Two and three layers at two lengths tell what five layers keep of three rows, where it is counted directly."""
-    found = memory.kept(family, config, dtype, 3 * 512, recompute)
-    model = Scorer(family(config))
-    model.trunk.recompute = recompute
-    with memory.counted(model) as held, dist.autocast(model, dtype):
+    found = memory.kept(family, config, dtype, 3 * 512, activation_checkpointing)
+    model = RewardModel(family(config))
+    model.trunk.activation_checkpointing = activation_checkpointing
+    with memory.counted(model) as held, precision.autocast(model, dtype):
         model(pack_rows([Row([1] * 256, [[2] * 64] * 4)] * 3))
-    more = memory.a_layer(family, config, dtype, 3 * 512, False)[1] if recompute else 0        # one block at a time is computed again
+    more = memory.a_layer(family, config, dtype, 3 * 512, False)[1] if activation_checkpointing else 0        # one block at a time is computed again
     assert found == pytest.approx(sum(storage.nbytes() for storage in held.values()) + more, rel=0.01)
 
 

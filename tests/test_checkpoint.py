@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from nanorlhf import checkpoint
-from nanorlhf.batching import Row
-from nanorlhf.config import InputError
-from nanorlhf.heads import Policy, Scorer
-from nanorlhf.reward import RewardModel
 from test_models import LLAMA, scramble, their_folder, their_model, tiny_tokenizer
+
+from nanorlhf.batching import Row
+from nanorlhf.heads import Policy, RewardModel
+from nanorlhf.io import hub
+from nanorlhf.io.read import InputError
+from nanorlhf.reward import TextReward
 
 PROMPT = "the king said"
 RESPONSES = [" what is this", " who met the queen in the woods?", ""]
@@ -22,14 +22,14 @@ FAMILIES = ["gpt2", "llama"]
 
 def our_trunk(family, tok, **options):
     """As small as tests/test_models.py's; one row a token, so that GPT-2's padding id is one beyond the table."""
-    kind = checkpoint.FAMILIES[family]
+    kind = hub.FAMILIES[family]
     sizes = dict(n_positions=64, n_embd=32, n_layer=2, n_head=4) if family == "gpt2" else {**LLAMA, "num_key_value_heads": 2}
     return scramble(kind(kind.Config(**{**sizes, "vocab_size": tok.vocab_size, **options})))
 
 
 def our_reward_model(family, outputs, **options):
     tok = tiny_tokenizer(family)
-    return RewardModel(scramble(Scorer(our_trunk(family, tok, **options), outputs)), tok)
+    return TextReward(scramble(RewardModel(our_trunk(family, tok, **options), outputs)), tok)
 
 
 def our_policy(family, **options):
@@ -69,7 +69,7 @@ def padded_scores(theirs, row, side):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reward_model_is_read_by_transformers(family, outputs, tmp_path):
     ours = our_reward_model(family, outputs)
-    checkpoint.save_reward_model(tmp_path, ours)
+    hub.save_reward_model(tmp_path, ours)
     theirs, row, tok = their_scorer(tmp_path), a_row(ours.tokenizer), ours.tokenizer
     assert theirs.config.num_labels == outputs and theirs.config.eos_token_id == tok.eos_id != theirs.config.pad_token_id
     assert theirs.config.pad_token_id == (0 if family == "llama" else tok.vocab_size)         # <unk>, or the extra row
@@ -79,9 +79,9 @@ def test_reward_model_is_read_by_transformers(family, outputs, tmp_path):
     for side in ("left", "right"):
         torch.testing.assert_close(padded_scores(theirs, row, side), raw, atol=1e-5, rtol=0)
 
-    again = checkpoint.load_reward_model(tmp_path)   # with the extra row: a row nobody looks at changes nothing
+    again = hub.load_reward_model(tmp_path)   # with the extra row: a row nobody looks at changes nothing
     assert torch.equal(again.outputs([row])[0], raw)
-    checkpoint.save_reward_model(tmp_path / "again", again)
+    hub.save_reward_model(tmp_path / "again", again)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()     # the table grows once
 
@@ -92,25 +92,25 @@ def test_their_reward_model_is_read_here(family, outputs, tmp_path):
     theirs = their_model(family, dict(num_labels=outputs), "ForSequenceClassification")
     theirs.save_pretrained(tmp_path)
     tiny_tokenizer(family).save(tmp_path)
-    ours = checkpoint.load_reward_model(tmp_path)
+    ours = hub.load_reward_model(tmp_path)
     row = a_row(ours.tokenizer)
     with torch.no_grad():                            # one text a call needs no padding
         expected = torch.cat([theirs(input_ids=torch.tensor([row.prompt + response])).logits for response in row.responses])
     torch.testing.assert_close(ours.outputs([row])[0], expected, atol=1e-5, rtol=0)
-    assert (ours.map, ours.mean, ours.std) == ("identity", 0.0, 1.0)
+    assert (ours.transform, ours.mean, ours.std) == ("identity", 0.0, 1.0)
 
 
 def test_untied_trunk_loses_its_head_as_a_reward_model(tmp_path):
     # started from an untied folder, and made by hand with the head still on
-    checkpoint.save_policy(tmp_path / "policy", our_policy("llama"), tiny_tokenizer("llama"))
-    trunk, tok = checkpoint.load_trunk(tmp_path / "policy", head=False)
+    hub.save_policy(tmp_path / "policy", our_policy("llama"), tiny_tokenizer("llama"))
+    trunk, tok = hub.load_trunk(tmp_path / "policy", head=False)
     assert trunk.lm_head is None and not trunk.config.tie_word_embeddings
     by_hand = our_reward_model("llama", 1)
     assert by_hand.model.trunk.lm_head is not None
-    for name, model in {"started": RewardModel(Scorer(trunk, 1), tok), "by hand": by_hand}.items():
-        checkpoint.save_reward_model(tmp_path / name, model)
+    for name, model in {"started": TextReward(RewardModel(trunk, 1), tok), "by hand": by_hand}.items():
+        hub.save_reward_model(tmp_path / name, model)
         assert "lm_head.weight" not in load_file(tmp_path / name / "model.safetensors")
-        row, again = a_row(tok), checkpoint.load_reward_model(tmp_path / name)
+        row, again = a_row(tok), hub.load_reward_model(tmp_path / name)
         assert torch.equal(again.outputs([row]), model.outputs([row]))
         torch.testing.assert_close(padded_scores(their_scorer(tmp_path / name), row, "right"), model.outputs([row])[0], atol=1e-5, rtol=0)
 
@@ -123,12 +123,12 @@ def score(model, normalised=True):
 def test_normalisation_is_saved_and_applied_once(outputs, reward_map, tmp_path):
     ours = our_reward_model("gpt2", outputs)
     raw = ours.outputs([a_row(ours.tokenizer)])[0]                     # (K,N)
-    ours.map = reward_map
-    ours.moments = {"mean": (0.3, 0.7)} | ({"q0": (-0.1, 0.4), "cvar:0.2": (0.25, 1.5)} if outputs == 10 else {})
-    ours.use("mean")
-    checkpoint.save_reward_model(tmp_path, ours)
-    again = checkpoint.load_reward_model(tmp_path)
-    assert (again.map, again.moments, again.mean, again.std) == (reward_map, ours.moments, 0.3, 0.7)
+    ours.transform = reward_map
+    ours.norm_stats = {"mean": (0.3, 0.7)} | ({"q0": (-0.1, 0.4), "cvar:0.2": (0.25, 1.5)} if outputs == 10 else {})
+    ours.select("mean")
+    hub.save_reward_model(tmp_path, ours)
+    again = hub.load_reward_model(tmp_path)
+    assert (again.transform, again.norm_stats, again.mean, again.std) == (reward_map, ours.norm_stats, 0.3, 0.7)
     assert torch.equal(again.outputs([a_row(again.tokenizer)])[0], raw)         # raw outputs know nothing of it
     torch.testing.assert_close(padded_scores(their_scorer(tmp_path), a_row(again.tokenizer), "right"), raw, atol=1e-5, rtol=0)
 
@@ -136,9 +136,9 @@ def test_normalisation_is_saved_and_applied_once(outputs, reward_map, tmp_path):
     torch.testing.assert_close(score(again), (mapped - 0.3) / 0.7)
     torch.testing.assert_close(score(again, normalised=False), mapped)
     if outputs == 10:                                # each statistic is normalised by its own moments
-        again.use("q0")
+        again.select("q0")
         torch.testing.assert_close(score(again), (raw.min(-1).values + 0.1) / 0.4)
-        again.use("cvar:0.2")                        # the mean of the lowest two of ten
+        again.select("cvar:0.2")                        # the mean of the lowest two of ten
         torch.testing.assert_close(score(again), (raw.sort(-1).values[:, :2].mean(-1) - 0.25) / 1.5)
 
 
@@ -150,8 +150,8 @@ def sound(tmp_path_factory):
     root = tmp_path_factory.mktemp("sound")
     for family in FAMILIES:
         policy = our_policy(family, tie_word_embeddings=True)
-        checkpoint.save_policy(root / family, policy, policy.tokenizer)
-    checkpoint.save_reward_model(root / "reward", our_reward_model("llama", 10))
+        hub.save_policy(root / family, policy, policy.tokenizer)
+    hub.save_reward_model(root / "reward", our_reward_model("llama", 10))
     for sums in root.glob("*/SHA256SUMS"):
         sums.unlink()                                # they would notice any damage before it is read: a folder from elsewhere has none
     return root
@@ -275,7 +275,7 @@ def test_a_damaged_folder_ends_in_one_line(case, sound, tmp_path):
     folder = shutil.copytree(sound / which, tmp_path / "folder")
     damage(folder)
     with pytest.raises(InputError) as caught:
-        checkpoint.load_policy(folder)
+        hub.load_policy(folder)
     line = str(caught.value)
     assert "\n" not in line and str(folder) in line and all(word in line for word in words), line
 
@@ -301,7 +301,7 @@ def test_a_damaged_reward_model_ends_in_one_line(case, sound, tmp_path):
     folder = shutil.copytree(sound / "reward", tmp_path / "folder")
     damage(folder)
     with pytest.raises(InputError) as caught:
-        checkpoint.load_reward_model(folder)
+        hub.load_reward_model(folder)
     line = str(caught.value)
     assert "\n" not in line and str(folder) in line and all(word in line for word in words), line
 
@@ -318,7 +318,7 @@ def test_a_pickle_is_never_opened(sound, tmp_path):
     for name in ("pytorch_model.bin", WEIGHTS):
         (folder / name).write_bytes(pickle.dumps(Trap()))
     with pytest.raises(InputError):
-        checkpoint.load_policy(folder)
+        hub.load_policy(folder)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -327,17 +327,17 @@ def test_a_pickle_is_never_opened(sound, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_exact_and_saving_twice_gives_the_same_bytes(family, tmp_path):
     their_folder(tmp_path / "theirs", family)
-    one = checkpoint.load_policy(tmp_path / "theirs")
+    one = hub.load_policy(tmp_path / "theirs")
     for name in ("a", "b", "b"):                     # b a second time over itself
-        checkpoint.save_policy(tmp_path / name, one, one.tokenizer)
-    two = checkpoint.load_policy(tmp_path / "a")
+        hub.save_policy(tmp_path / name, one, one.tokenizer)
+    two = hub.load_policy(tmp_path / "a")
     assert one.trunk.config == two.trunk.config
     weights, before = dict(two.trunk.named_parameters()), load_file(tmp_path / "theirs" / WEIGHTS)
     after = load_file(tmp_path / "a" / WEIGHTS)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     for name, parameter in one.trunk.named_parameters():
         assert torch.equal(parameter, weights[name])
-    checkpoint.save_policy(tmp_path / "c", two, two.tokenizer)
+    hub.save_policy(tmp_path / "c", two, two.tokenizer)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert not [name for name in files if name.endswith(".tmp")] and {CONFIG, WEIGHTS} <= set(files)
     for other in ("b", "c"):
@@ -346,9 +346,9 @@ def test_round_trip_is_exact_and_saving_twice_gives_the_same_bytes(family, tmp_p
 
 
 def test_a_folder_that_was_written_and_changed_is_refused(tmp_path):
-    checkpoint.save_policy(tmp_path / "policy", our_policy("gpt2"), tiny_tokenizer("gpt2"))
-    checkpoint.save_reward_model(tmp_path / "reward", our_reward_model("gpt2", 1))
-    for folder, load in ((tmp_path / "policy", checkpoint.load_policy), (tmp_path / "reward", checkpoint.load_reward_model)):
+    hub.save_policy(tmp_path / "policy", our_policy("gpt2"), tiny_tokenizer("gpt2"))
+    hub.save_reward_model(tmp_path / "reward", our_reward_model("gpt2", 1))
+    for folder, load in ((tmp_path / "policy", hub.load_policy), (tmp_path / "reward", hub.load_reward_model)):
         for path in folder.iterdir():
             whole = path.read_bytes()
             for at in (0, len(whole) // 2, len(whole) - 1):            # one bit of one byte
@@ -363,11 +363,11 @@ def test_a_folder_that_was_written_and_changed_is_refused(tmp_path):
 def test_a_model_is_not_saved_over_one_with_another_tokenizer(tmp_path):
     # its weights would stand beside the other's tokenizer, and load without a word
     for family in FAMILIES:
-        checkpoint.save_policy(tmp_path / family, our_policy(family), tiny_tokenizer(family))
+        hub.save_policy(tmp_path / family, our_policy(family), tiny_tokenizer(family))
         before = {path.name: path.read_bytes() for path in (tmp_path / family).iterdir()}
         other = our_policy("llama" if family == "gpt2" else "gpt2")
         with pytest.raises(InputError, match="another tokenizer"):
-            checkpoint.save_policy(tmp_path / family, other, other.tokenizer)
+            hub.save_policy(tmp_path / family, other, other.tokenizer)
         assert {path.name: path.read_bytes() for path in (tmp_path / family).iterdir()} == before
 
 
@@ -379,9 +379,9 @@ def test_metadata_that_transformers_asks_for(sound):
 def test_a_run_folder_stands_for_its_model(sound, tmp_path):
     shutil.copytree(sound / "gpt2", tmp_path / "run" / "model")
     (tmp_path / "run" / CONFIG).write_text('{"flags": {}}')
-    assert checkpoint.load_policy(tmp_path / "run").trunk.family == "gpt2"
+    assert hub.load_policy(tmp_path / "run").trunk.family == "gpt2"
     shutil.rmtree(tmp_path / "run" / "model")
     with pytest.raises(InputError, match="not saved a model yet"):
-        checkpoint.load_policy(tmp_path / "run")
+        hub.load_policy(tmp_path / "run")
     with pytest.raises(InputError, match="no such folder"):
-        checkpoint.load_policy(tmp_path / "nowhere")
+        hub.load_policy(tmp_path / "nowhere")

@@ -7,8 +7,9 @@ from typing import Literal
 
 import pytest
 
-from nanorlhf import config
-from nanorlhf.config import InputError, check, parse, run
+from nanorlhf.io.read import InputError
+from nanorlhf.run import cli
+from nanorlhf.run.cli import check_bounds, parse, run_script
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,15 @@ def test_the_scripts_document_every_flag(script):
     module = importlib.util.module_from_spec(spec)
     sys.modules[script.stem] = module                                          # where inspect finds the source of Config
     spec.loader.exec_module(module)
-    comments = config._comments(module.Config)
+    comments = cli._comments(module.Config)
     assert [name for name in module.Config.__dataclass_fields__ if not comments.get(name)] == []
 
 
 def test_check_bounds():
     ok = Config("x")
-    check(ok, k=(1, None), lr=(0, 1), kl_coef=(0, None))
-    check(Config("x", k=1, lr=1.0), k=(1, 4), lr=(0, 1))                        # the bounds themselves are allowed
-    check(Config("x", k=4, lr=0.0), k=(1, 4), lr=(0, 1))
+    check_bounds(ok, k=(1, None), lr=(0, 1), kl_coef=(0, None))
+    check_bounds(Config("x", k=1, lr=1.0), k=(1, 4), lr=(0, 1))                        # the bounds themselves are allowed
+    check_bounds(Config("x", k=4, lr=0.0), k=(1, 4), lr=(0, 1))
     nan, inf = float("nan"), float("inf")
     for bad, bounds, words in ((Config("x", k=0), dict(k=(1, None)), "--k 0: must be at least 1"),
                                (Config("x", k=5), dict(k=(1, 4)), "--k 5: must be between 1 and 4"),
@@ -122,7 +123,7 @@ def test_check_bounds():
                                (Config("x", lr=inf), dict(lr=(0, 1)), "--lr inf: must be between 0 and 1"),
                                (Config("x", lr=-inf), dict(lr=(0, None)), "--lr -inf: must be at least 0")):
         with pytest.raises(InputError) as error:
-            check(bad, **bounds)
+            check_bounds(bad, **bounds)
         assert str(error.value) == words
 
 
@@ -141,10 +142,10 @@ def test_run_ends_with_one_line(error, code, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script.py", "--data", "x"])
     if code:
         with pytest.raises(SystemExit) as end:
-            run(main, Config)
+            run_script(main, Config)
         assert end.value.code == code
     else:
-        run(main, Config)
+        run_script(main, Config)
     assert capsys.readouterr().err == (words + "\n" if words else "")
 
 
@@ -152,11 +153,11 @@ def test_a_bug_of_ours_is_not_hidden(monkeypatch):
     """A KeyError is no user's mistake: it keeps its traceback."""
     monkeypatch.setattr(sys, "argv", ["script.py", "--data", "x"])
     with pytest.raises(KeyError):
-        run(lambda found: {}["missing"], Config)
+        run_script(lambda found: {}["missing"], Config)
 
 
 def test_run_reports_a_wrong_flag(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script.py", "--data", "x", "--k", "many"])
     with pytest.raises(SystemExit) as end:
-        run(lambda found: pytest.fail("main must not start"), Config)
+        run_script(lambda found: pytest.fail("main must not start"), Config)
     assert end.value.code == 2 and capsys.readouterr().err == "error: argument --k: invalid int value: 'many' (--help lists the flags)\n"

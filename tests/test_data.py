@@ -8,12 +8,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from hostile import Letters, hh
-from nanorlhf import data
+
 from nanorlhf.batching import encode_all, pack_rows
-from nanorlhf.config import InputError
-from nanorlhf.data import Group, Response, judge, load, make_group, read_groups, read_hh, write_groups
+from nanorlhf.io import data
+from nanorlhf.io.data import (
+    Group,
+    Response,
+    derive_labels,
+    load,
+    make_group,
+    read_groups,
+    read_hh,
+    write_groups,
+)
+from nanorlhf.io.read import InputError
 
 DATA = Path(os.environ.get("NANORLHF_DATA", "/nonexistent"))
 FAIRYTALES = DATA / "FairytaleQAData" / "data-by-train-split"
@@ -59,7 +68,7 @@ def test_fairytaleqa_counts(split, questions, books):
     assert 2.4 < used / len(groups) < 2.6
     assert len({(group.extra["story"], tuple(group.extra["sections"])) for group in groups}) == len(groups)
     for group in groups:
-        assert group.prompt.endswith("\nQuestion:") and not group.cut and len({r.text for r in group.responses}) == len(group.responses)
+        assert group.prompt.endswith("\nQuestion:") and not group.truncatable and len({r.text for r in group.responses}) == len(group.responses)
         for r in group.responses:
             assert r.text.startswith(" ") and "\n" not in r.text and r.text[1:].strip() == r.text[1:] and (r.label, r.ended, r.place) == (1, True, None)
 
@@ -98,7 +107,7 @@ def test_hh_counts(name, lines):
     whole = Counter((pair["chosen"], pair["rejected"]) for pair in raw)
     for group in groups:
         chosen, rejected = group.responses
-        assert group.cut and group.prompt.endswith("\n\nAssistant:") and group.prompt.startswith("\n\nHuman:")
+        assert group.truncatable and group.prompt.endswith("\n\nAssistant:") and group.prompt.startswith("\n\nHuman:")
         assert whole[group.prompt + chosen.text, group.prompt + rejected.text]   # nothing lost, nothing added, in this order
         assert "\n\nAssistant:" not in chosen.text + rejected.text and chosen.text != rejected.text
         assert (chosen.place, chosen.label, rejected.place, rejected.label) == (0, 1, 1, 0)
@@ -129,7 +138,7 @@ def test_qgeval():
             for b in group.responses:
                 if sum(a.scores) > sum(b.scores) + 1e-3:
                     assert a.place < b.place
-        by_place, by_scores = judge(group.responses), judge(group.responses, "scores")
+        by_place, by_scores = derive_labels(group.responses), derive_labels(group.responses, "scores")
         assert min(by_place.place) == 0 and sum(map(len, by_place.targets)) == sum(p != q for p in by_place.place for q in by_place.place)
         assert by_scores.place == sorted_ranks([-math.fsum(r.scores) for r in group.responses])
 
@@ -154,7 +163,7 @@ def test_groups_round_trip(tmp_path):
     assert len(groups) == 5 and not +dropped
     assert groups[0] == Group("One", [Response(" a", 0, 1, [0.3, 0.7], True, {"who": "expert"}), Response(" b", 1.5, 0, [0])], False, {"id": 7})
     assert groups[1] == Group("Two", [Response(" c", ended=False)], False, {"source": {"book": "x", "pages": [1, 2]}})
-    assert groups[2] == Group("Three", []) and groups[3] == Group("Four", [], cut=True)
+    assert groups[2] == Group("Three", []) and groups[3] == Group("Four", [], truncatable=True)
     assert groups[4].responses[0].text == LINES[4]["responses"][0]["text"]              # U+2028 and U+0085 end no line
     raw = write_groups(groups)
     assert read_groups(write(tmp_path / "b.jsonl", raw))[0] == groups == read_groups(write(tmp_path / "b.jsonl.gz", raw))[0]
@@ -346,26 +355,26 @@ def test_bad_fairytale_folders(tmp_path):
 def test_judge_by_hand():
     responses = lambda key, values: [Response("x", **{key: value}) for value in values]
     # places 2 0 1 5: half of 4 is good; wins 1 3 2 0
-    found = judge(responses("place", [2, 0, 1, 5]))
+    found = derive_labels(responses("place", [2, 0, 1, 5]))
     assert found.place == [2, 0, 1, 3] and found.label == [0, 1, 1, 0]                  # ranks: only the order counts, 0 is the best
     assert found.targets == [[1, -1, -1], [1, 1, 1], [1, 1, -1], [-1, -1, -1]]
     # three: the middle is neither; a tie across the middle is left out: ranks 0 | 1 1 | 3
-    assert judge(responses("place", [0, 1, 2])).label == [1, None, 0]
-    tied = judge(responses("place", [0, 1, 1, 3]))
+    assert derive_labels(responses("place", [0, 1, 2])).label == [1, None, 0]
+    tied = derive_labels(responses("place", [0, 1, 1, 3]))
     assert tied.label == [1, None, None, 0] and tied.targets == [[1, 1, 1], [1, -1], [1, -1], [-1, -1, -1]]
-    assert judge(responses("place", [4, 4])).label == [None, None] and judge(responses("place", [4, 4])).targets == [[], []]
+    assert derive_labels(responses("place", [4, 4])).label == [None, None] and derive_labels(responses("place", [4, 4])).targets == [[], []]
     # labels: every good over every bad
-    found = judge(responses("label", [1, 0, 0]))
+    found = derive_labels(responses("label", [1, 0, 0]))
     assert (found.place, found.label, found.targets) == ([0, 1, 1], [1, 0, 0], [[1], [-1], [-1]])
     # scores: places of their means .5, .9, .1
-    found = judge(responses("scores", [[0.4, 0.6], [0.9], [0.0, 0.2]]))
+    found = derive_labels(responses("scores", [[0.4, 0.6], [0.9], [0.0, 0.2]]))
     assert (found.place, found.label, found.targets) == ([1, 0, 2], [None, 1, 0], [[1, -1], [1, 1], [-1, -1]])
 
 
 def test_equal_opinions_tie_whatever_their_order():
     # .1 + .2 + .3 is .6000000000000001 and .3 + .2 + .1 is .6: the same three opinions must not make a winner
     assert sum([0.1, 0.2, 0.3]) != sum([0.3, 0.2, 0.1])
-    found = judge([Response("x", scores=[0.1, 0.2, 0.3]), Response("y", scores=[0.3, 0.2, 0.1])])
+    found = derive_labels([Response("x", scores=[0.1, 0.2, 0.3]), Response("y", scores=[0.3, 0.2, 0.1])])
     assert found.place == [0, 0] and found.targets == [[], []]
 
 
@@ -377,9 +386,9 @@ def test_places_that_float32_cannot_tell_apart_stay_apart():
 
 def test_judge_takes_the_kind_that_all_have():
     mixed = [Response("x", place=1, label=1, scores=[0.0]), Response("y", label=0, scores=[1.0])]
-    assert judge(mixed).label == [1, 0] and judge(mixed, "place") is None               # one response has no place
-    assert judge(mixed, "scores").place == [1, 0] and judge(mixed, "label").place == [0, 1]
-    assert judge([]) is None and judge([Response("x")]) is None
+    assert derive_labels(mixed).label == [1, 0] and derive_labels(mixed, "place") is None               # one response has no place
+    assert derive_labels(mixed, "scores").place == [1, 0] and derive_labels(mixed, "label").place == [0, 1]
+    assert derive_labels([]) is None and derive_labels([Response("x")]) is None
 
 
 def test_a_supervised_policy_learns_from_good_responses_alone():
@@ -390,7 +399,7 @@ def test_a_supervised_policy_learns_from_good_responses_alone():
               group(r("a sample", label=0)),                                                  # nothing good: the group is gone
               group(r("an expert's", label=1), r("another's", label=1)),
               group(r("unjudged"), r("unjudged too"))]
-    kept, left_out = data.good_responses(groups)
+    kept, left_out = data.keep_preferred(groups)
     assert [[x.text for x in g.responses] for g in kept] == [["chosen"], ["first", "also first"], ["an expert's", "another's"], ["unjudged", "unjudged too"]]
     assert left_out == 3                                                                      # rejected, second, a sample
     assert len(groups[0].responses) == 2                                                      # the data itself is not changed

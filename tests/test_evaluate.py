@@ -9,16 +9,40 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import checkpoint, data, tokenizer
-from nanorlhf.config import InputError, parse
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.heads import Scorer
+from nanorlhf.heads import RewardModel
+from nanorlhf.io import data, hub, tokenizer
+from nanorlhf.io.read import InputError
 from nanorlhf.losses import quantile_huber_loss, quantile_levels, ranking_loss
-from nanorlhf.reward import RewardModel
+from nanorlhf.reward import TextReward
+from nanorlhf.run.cli import parse
 from nanorlhf.study import evaluate
-from nanorlhf.study.evaluate import (calibration, constant_quantiles, coverage, crossing, distinct, js, kl_gaussian, kl_histogram, kl_kde, kl_table,
-                                     label_against_closed_form, label_auc, label_optimum, matched, measure, pair_accuracy, per_quantile, pinball, sign_test,
-                                     spearman, spread_analysis, wilson, win_rate, within_deviation)
+from nanorlhf.study.evaluate import (
+    calibration,
+    constant_quantiles,
+    coverage,
+    crossing,
+    distinct,
+    js,
+    kl_gaussian,
+    kl_histogram,
+    kl_kde,
+    kl_table,
+    label_against_closed_form,
+    label_auc,
+    label_optimum,
+    matched,
+    measure,
+    pair_accuracy,
+    per_quantile,
+    pinball,
+    sign_test,
+    spearman,
+    spread_analysis,
+    wilson,
+    win_rate,
+    within_deviation,
+)
 
 LEVELS = quantile_levels(10).numpy()
 
@@ -371,12 +395,12 @@ def reward_file(tmp_path_factory):
 def reward_folder(folder, outputs, texts=("p0 ab ab",)):
     torch.manual_seed(0)
     tok = tokenizer.train_bpe(list(texts), 260)
-    model = Scorer(GPT2(GPT2Config(vocab_size=tok.vocab_size, n_positions=64, n_embd=8, n_layer=1, n_head=1)), outputs)
+    model = RewardModel(GPT2(GPT2Config(vocab_size=tok.vocab_size, n_positions=64, n_embd=8, n_layer=1, n_head=1)), outputs)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     model.trunk.lm_head = None
-    checkpoint.save_reward_model(folder / "model", RewardModel(model, tok))
-    return checkpoint.load_reward_model(folder / "model")
+    hub.save_reward_model(folder / "model", TextReward(model, tok))
+    return hub.load_reward_model(folder / "model")
 
 
 @pytest.mark.parametrize("outputs, target", [(1, "label"), (10, "label"), (10, "scores")])
@@ -402,7 +426,7 @@ def test_measure_takes_each_part_from_its_place():
     # outputs that know everything: q sorted around the place's value; chosen is the better half
     rng = np.random.default_rng(0)
     places = [rng.permutation(4).tolist() for _ in range(30)]
-    rows = [data.judge([data.Response("", place=p) for p in place]) for place in places]
+    rows = [data.derive_labels([data.Response("", place=p) for p in place]) for place in places]
     outputs = [np.array([[-p - 0.1, -p + 0.1] for p in place]) + rng.normal(0, 0.01, (4, 2)) for place in places]
     opinions = [[[-p, -p + 0.2] for p in place] for place in places]
     found = measure(outputs, rows, kappa=1.0, opinions=opinions, training=[z for group in opinions for z in group])

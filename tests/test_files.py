@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from nanorlhf import files
+from nanorlhf.io import files
 
 OLD, NEW = {"a": b"old a", "b": b"old b"}, {"a": b"new a", "b": b"new b", "c": b"new c"}
 
@@ -15,14 +15,14 @@ def content(folder):
 
 
 def undamaged(folder):
-    return not any(files.damage(folder / name) for name in files.sums(folder) if (folder / name).exists())
+    return not any(files.file_damage(folder / name) for name in files.read_checksums(folder) if (folder / name).exists())
 
 
 def test_sums_are_what_sha256sum_reads(tmp_path):
     files.replace_all(tmp_path, OLD)
     assert (tmp_path / files.SUMS).read_text() == "".join(f"{hashlib.sha256(OLD[name]).hexdigest()}  {name}\n" for name in "ab")
     files.replace_all(tmp_path, {"b": b"new b", "c": lambda path: path.write_bytes(b"new c")}, remove=["a"])
-    assert content(tmp_path) == {"b": b"new b", "c": b"new c"} and files.sums(tmp_path).keys() == {"b", "c"}
+    assert content(tmp_path) == {"b": b"new b", "c": b"new c"} and files.read_checksums(tmp_path).keys() == {"b", "c"}
     if shutil.which("sha256sum"):
         assert subprocess.run(["sha256sum", "-c", files.SUMS], cwd=tmp_path, capture_output=True).returncode == 0
 
@@ -30,16 +30,16 @@ def test_sums_are_what_sha256sum_reads(tmp_path):
 def test_damage_is_named(tmp_path):
     files.replace_all(tmp_path, OLD)
     (tmp_path / "other").write_bytes(b"not listed")
-    assert files.damage(tmp_path / "a") is None and files.damage(tmp_path / "other") is None and files.damage(tmp_path / "nowhere") is None
+    assert files.file_damage(tmp_path / "a") is None and files.file_damage(tmp_path / "other") is None and files.file_damage(tmp_path / "nowhere") is None
     (tmp_path / "a").write_bytes(b"old b")
     (tmp_path / "b").unlink()
-    assert "a is damaged" in files.damage(tmp_path / "a") and files.damage(tmp_path / "b") == "b is gone"
+    assert "a is damaged" in files.file_damage(tmp_path / "a") and files.file_damage(tmp_path / "b") == "b is gone"
 
 
 @pytest.mark.parametrize("junk", [b"", b"\xff\xfe", b"abc  ../../etc/passwd\n", b"abc  /etc/passwd\n", b"no line at all", b"  a\n\n"])
 def test_a_damaged_list_points_nowhere_else(junk, tmp_path):
     (tmp_path / files.SUMS).write_bytes(junk)
-    assert not {name for name in files.sums(tmp_path) if "/" in name}
+    assert not {name for name in files.read_checksums(tmp_path) if "/" in name}
     files.replace_all(tmp_path, OLD)
     assert undamaged(tmp_path) and content(tmp_path) == OLD
 
@@ -75,7 +75,7 @@ def test_whole_at_every_instant(listed, tmp_path, monkeypatch):
         assert all(content(folder).get(name) in (OLD.get(name), NEW[name]) for name in NEW), n
         files.replace_all(folder, NEW)
         assert content(folder) == NEW and undamaged(folder)
-        assert files.sums(folder) == {name: {hashlib.sha256(data).hexdigest()} for name, data in NEW.items()}
+        assert files.read_checksums(folder) == {name: {hashlib.sha256(data).hexdigest()} for name, data in NEW.items()}
 
 
 @pytest.mark.parametrize("failing", "abc")
@@ -97,4 +97,4 @@ def test_a_full_disk_leaves_the_old_files_and_no_halves(failing, tmp_path):
 def test_halves_are_known(tmp_path):
     for name in ("a.tmp", ".tmpAb12Cd", "a", "tmp"):
         (tmp_path / name).write_bytes(b"")
-    assert {path.name for path in files.halves(tmp_path)} == {"a.tmp", ".tmpAb12Cd"} and files.halves(tmp_path / "nowhere") == []
+    assert {path.name for path in files.partial_files(tmp_path)} == {"a.tmp", ".tmpAb12Cd"} and files.partial_files(tmp_path / "nowhere") == []

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import generate
-from nanorlhf.batching import Row, pack_rows
-from nanorlhf.generate import EVALUATION, ROLLOUT, distribution, draw, extend, sample, uniforms
+from nanorlhf.batching import Row, Stream, pack_rows
+from nanorlhf.generate import (
+    Sampling,
+    distribution,
+    generate,
+    generate_batch,
+    sample_next_token,
+    uniforms,
+)
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.llama import Llama, LlamaConfig
 
@@ -43,14 +49,14 @@ def one_by_one(model, prompt, u, temperature=1.0, top_p=1.0, eos=EOS):
     found = []
     for r in range(len(u)):
         logits = model.logits(recomputed(model, prompt + found))
-        found.append(draw(logits, u[r], temperature, top_p).item())
+        found.append(sample_next_token(logits, u[r], temperature, top_p).item())
         if found[-1] == eos:
             break
     return found
 
 
 def draws(B, K, R, seed=0):
-    return torch.from_numpy(np.stack([[uniforms(seed, ROLLOUT, 0, b, k, R) for k in range(K)] for b in range(B)]))
+    return torch.from_numpy(np.stack([[uniforms(seed, Stream.ROLLOUT, 0, b, k, R) for k in range(K)] for b in range(B)]))
 
 
 def cut(tokens, lengths):
@@ -67,11 +73,11 @@ def test_cached_is_uncached(name, temperature, top_p, monkeypatch):
     made = model.new_cache
     def watched(*shape):
         cache = made(*shape)
-        keep = cache.keep
-        cache.keep = lambda rows: (kept.append(rows.tolist()), keep(rows))
+        select = cache.select
+        cache.select = lambda rows: (kept.append(rows.tolist()), select(rows))
         return cache
     monkeypatch.setattr(model, "new_cache", watched)
-    tokens, lengths = extend(model, PROMPTS, u, EOS, temperature, top_p)
+    tokens, lengths = generate_batch(model, PROMPTS, u, EOS, temperature, top_p)
     expected = [[one_by_one(model, prompt, u[b, k], temperature, top_p) for k in range(3)] for b, prompt in enumerate(PROMPTS)]
     found = cut(tokens, lengths)
     assert found == expected
@@ -95,31 +101,31 @@ def test_finished_rows_leave_the_cache_and_disturb_nobody(name, monkeypatch):
     kept, made = [], model.new_cache
     def watched(*shape):
         cache = made(*shape)
-        keep = cache.keep
-        cache.keep = lambda rows: (kept.append(rows.tolist()), keep(rows))
+        select = cache.select
+        cache.select = lambda rows: (kept.append(rows.tolist()), select(rows))
         return cache
     monkeypatch.setattr(model, "new_cache", watched)
-    found = cut(*extend(model, prompts, u, EOS))
+    found = cut(*generate_batch(model, prompts, u, EOS))
     assert [len(ids) for ids in found[0]] == [1, 1] and [len(found[2][0]), found[2][1][-1]] == [1, EOS]
     assert kept[0] == [False, True, True]                                               # row 0 left; then row 2, if row 1 lives longer
     for b in range(3):
-        assert found[b] == cut(*extend(model, prompts[b : b + 1], u[b : b + 1], EOS))[0]
+        assert found[b] == cut(*generate_batch(model, prompts[b : b + 1], u[b : b + 1], EOS))[0]
         assert found[b] == [one_by_one(model, prompts[b], u[b, k]) for k in range(2)]
 
 
 @pytest.mark.parametrize("name", TRUNKS)
 def test_hidden_states_of_the_cache(name, monkeypatch):
-    """What the head reads at each step is the training path's hidden state at `predictor`, to 1e-10."""
+    """What the head reads at each step is the training path's hidden state at `logit_index`, to 1e-10."""
     model, u, read = model_of(name), draws(4, 3, 7), []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: (read.append(hidden), logits(hidden))[1])
-    tokens, _ = extend(model, PROMPTS[:4], u, eos_id=-1)                                # nothing ends: all 7 steps, all rows
+    tokens, _ = generate_batch(model, PROMPTS[:4], u, eos_id=-1)                                # nothing ends: all 7 steps, all rows
     batch = pack_rows([Row(prompt, tokens[b].tolist()) for b, prompt in enumerate(PROMPTS[:4])])
     with torch.no_grad():
         whole = model.hidden(batch.tokens, batch.positions, batch.branch)               # (4,T,16)
     assert len(read) == 7
     for r, hidden in enumerate(read):
-        expected = torch.stack([whole[b, batch.predictor[b, :, r]] for b in range(4)])   # (4,3,16)
+        expected = torch.stack([whole[b, batch.logit_index[b, :, r]] for b in range(4)])   # (4,3,16)
         found = hidden[:, None] if r == 0 else hidden.view(4, 3, 16)                     # the prompt's last column is read once for all samples
         assert (found - expected).abs().max() < 1e-10
         assert (expected[1, 0] - recomputed(model, PROMPTS[1] + tokens[1, 0, :r].tolist())).abs().max() < 1e-10
@@ -128,27 +134,29 @@ def test_hidden_states_of_the_cache(name, monkeypatch):
 @pytest.mark.parametrize("name", TRUNKS)
 def test_k_together_are_k_alone(name):
     model, u = model_of(name), draws(5, 4, 9, seed=1)
-    together = cut(*extend(model, PROMPTS, u, EOS))
+    together = cut(*generate_batch(model, PROMPTS, u, EOS))
     for b, prompt in enumerate(PROMPTS):
         for k in range(4):
-            assert cut(*extend(model, [prompt], u[b : b + 1, k : k + 1], EOS)) == [[together[b][k]]]
+            assert cut(*generate_batch(model, [prompt], u[b : b + 1, k : k + 1], EOS)) == [[together[b][k]]]
     assert len({tuple(ids) for row in together for ids in row}) > 10                     # the draws do differ
 
 
 def test_sample_is_a_function_of_the_address():
-    """Not of batch, order, micro-batch, or how many others are drawn: later numbers (first=) continue the same stream."""
+    """Not of batch, order, micro-batch, or how many others are drawn: later numbers (first_sample=) continue the same stream."""
     model = model_of("llama-grouped")
-    run = lambda which, k=3, **how: sample(model, [PROMPTS[i] for i in which], [10 + i for i in which], k, 8, EOS, 5, ROLLOUT, 2, **how)
+    def run(which, k=3, max_tokens=8192, first_sample=0, stream=Stream.ROLLOUT, step=2):
+        sampling = Sampling(k, 8, EOS, 5, stream, max_tokens=max_tokens)
+        return generate(model, [PROMPTS[i] for i in which], [10 + i for i in which], sampling, step, first_sample)
     all_of_them = run(range(5))
     assert run([3, 0, 4])[1] == all_of_them[0] and run([3, 0, 4])[0] == all_of_them[3]
     assert run(range(5), max_tokens=1) == run(range(5), max_tokens=60) == all_of_them
     assert [row[:2] for row in all_of_them] == run(range(5), k=2)
-    assert [row[2:] for row in all_of_them] == run(range(5), k=1, first=2)
+    assert [row[2:] for row in all_of_them] == run(range(5), k=1, first_sample=2)
     for b in range(5):
         for k in range(3):
-            assert all_of_them[b][k] == one_by_one(model, PROMPTS[b], torch.from_numpy(uniforms(5, ROLLOUT, 2, 10 + b, k, 8)))
-    assert all_of_them != sample(model, PROMPTS, [10, 11, 12, 13, 14], 3, 8, EOS, 5, ROLLOUT, 3)
-    assert all_of_them != sample(model, PROMPTS, [10, 11, 12, 13, 14], 3, 8, EOS, 5, EVALUATION, 2)
+            assert all_of_them[b][k] == one_by_one(model, PROMPTS[b], torch.from_numpy(uniforms(5, Stream.ROLLOUT, 2, 10 + b, k, 8)))
+    assert all_of_them != run(range(5), step=3)
+    assert all_of_them != run(range(5), stream=Stream.EVALUATION)
 
 
 @pytest.mark.parametrize("name", TRUNKS)
@@ -165,7 +173,7 @@ def test_float32_differs_only_at_a_boundary(name):
             before = one_by_one(exact, prompt, u[b, k, :step], eos=-1)
             edges = distribution(exact.logits(recomputed(exact, prompt + before)), 1.0, 1.0).cumsum(-1)
             u[b, k, step] = edges[generator.randrange(VOCAB - 1)] + generator.choice([-1e-9, 1e-9])
-    found, _ = extend(rounded, PROMPTS, u, eos_id=-1)
+    found, _ = generate_batch(rounded, PROMPTS, u, eos_id=-1)
     differ = 0
     for b, prompt in enumerate(PROMPTS):
         for k in range(12):
@@ -183,7 +191,7 @@ def test_float32_differs_only_at_a_boundary(name):
 def test_one_new_token():
     """R = 1 needs no second forward, and a single token may be EOS or not."""
     model = model_of("gpt2")
-    tokens, lengths = extend(model, PROMPTS, draws(5, 6, 1), EOS)
+    tokens, lengths = generate_batch(model, PROMPTS, draws(5, 6, 1), EOS)
     assert tokens.shape == (5, 6, 1) and (lengths == 1).all()
     assert all(tokens[b, k].tolist() == one_by_one(model, PROMPTS[b], draws(5, 6, 1)[b, k]) for b in range(5) for k in range(6))
 
@@ -192,10 +200,10 @@ def test_one_new_token():
 
 def test_uniforms_are_pinned():
     """Philox is specified, so what was drawn once is drawn on every machine and in every later run."""
-    assert uniforms(0, ROLLOUT, 0, 0, 0, 3).tolist() == [0.8144335776159864, 0.4396808049627232, 0.2997200291784332]
-    assert uniforms(7, EVALUATION, 12, 345, 6, 5).tolist() == [0.18521066549578125, 0.4325510410750597, 0.0647589609242667, 0.4056241487318982, 0.44575115690181577]
-    assert uniforms(7, EVALUATION, 12, 345, 6, 2).tolist() == [0.18521066549578125, 0.4325510410750597]                  # a longer draw begins like a shorter one
-    assert uniforms(0, ROLLOUT, 0, 0, 0, 3).dtype == np.float64
+    assert uniforms(0, Stream.ROLLOUT, 0, 0, 0, 3).tolist() == [0.8144335776159864, 0.4396808049627232, 0.2997200291784332]
+    assert uniforms(7, Stream.EVALUATION, 12, 345, 6, 5).tolist() == [0.18521066549578125, 0.4325510410750597, 0.0647589609242667, 0.4056241487318982, 0.44575115690181577]
+    assert uniforms(7, Stream.EVALUATION, 12, 345, 6, 2).tolist() == [0.18521066549578125, 0.4325510410750597]                  # a longer draw begins like a shorter one
+    assert uniforms(0, Stream.ROLLOUT, 0, 0, 0, 3).dtype == np.float64
 
 
 def test_distinct_addresses_distinct_numbers():
@@ -206,7 +214,7 @@ def test_distinct_addresses_distinct_numbers():
     # mean 1/2 +- 5 x sqrt(1/12 / 8192) = .016; neighbours (the next sample) uncorrelated to 5 / sqrt(8184) = .055
     assert abs(numbers.mean() - 0.5) < 0.016
     assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 0.055
-    ends = [uniforms(2**63 - 1 - i, ROLLOUT, 2**40, 2**40, 2**40, 1)[0] for i in range(3)]     # the largest seeds are three different ones
+    ends = [uniforms(2**63 - 1 - i, Stream.ROLLOUT, 2**40, 2**40, 2**40, 1)[0] for i in range(3)]     # the largest seeds are three different ones
     assert len(set(ends)) == 3
 
 
@@ -232,7 +240,7 @@ def bound(outcomes):
 def test_a_hundred_thousand_draws(temperature, top_p):
     logits = torch.tensor([0.3, -1.2, 1.5, 0.0, 0.9, -0.4, 2.0, -2.0, 0.7, 1.1, -0.8, 0.2])
     n = 100_000
-    tokens = draw(logits.expand(n, 12), torch.from_numpy(uniforms(1, ROLLOUT, 0, 0, 0, n)), temperature, top_p)
+    tokens = sample_next_token(logits.expand(n, 12), torch.from_numpy(uniforms(1, Stream.ROLLOUT, 0, 0, 0, n)), temperature, top_p)
     found = torch.bincount(tokens, minlength=12)
     # by hand: softmax of logits / T; the likeliest tokens until they hold top_p; renormalised
     weights = [math.exp(x / temperature) for x in logits.tolist()]
@@ -257,7 +265,7 @@ def test_samples_of_one_prompt_have_the_model_s_distribution():
     model = model_of("gpt2")
     with torch.no_grad():
         probs = torch.softmax(model.logits(recomputed(model, PROMPTS[0])), -1)
-    found = sample(model, PROMPTS[:1], [0], 20_000, 1, EOS, 0, ROLLOUT, 0)[0]
+    found = generate(model, PROMPTS[:1], [0], Sampling(20_000, 1, EOS, 0, Stream.ROLLOUT), 0)[0]
     assert chi_square(torch.bincount(torch.tensor(found).flatten(), minlength=VOCAB), probs) < bound(VOCAB)
 
 
@@ -285,7 +293,7 @@ def test_top_p_is_the_smallest_set():
 def test_extremes_never_draw_what_has_no_probability():
     largest = 1 - 2.0**-53                                                                # the last float64 below 1, as Philox may give
     inf = torch.inf
-    at = lambda logits, u, **how: draw(torch.as_tensor(logits, dtype=torch.float32), torch.tensor(u, dtype=torch.float64), **how).item()
+    at = lambda logits, u, **how: sample_next_token(torch.as_tensor(logits, dtype=torch.float32), torch.tensor(u, dtype=torch.float64), **how).item()
     assert at([-inf, -inf, 0.0, 1.0, -inf], 0.0) == 2 and at([-inf, -inf, 0.0, 1.0, -inf], largest) == 3
     assert at([0.0, -inf, 0.0], 0.5) == 2 and at([0.0, -inf, 0.0], np.nextafter(0.5, 0)) == 0     # u on the boundary: the next one that can be
     assert at([0.0, 0.0, 0.0, 0.0], 0.25) == 1 and at([0.0, 0.0, 0.0, 0.0], largest) == 3
@@ -299,11 +307,11 @@ def test_extremes_never_draw_what_has_no_probability():
     for temperature, top_p in ((1.0, 1.0), (0.3, 1.0), (1.0, 0.9)):
         probs = distribution(logits, temperature, top_p)
         for u in (0.0, 2.0**-53, 0.5, largest):
-            tokens = draw(logits, torch.full((8,), u, dtype=torch.float64), temperature, top_p)
+            tokens = sample_next_token(logits, torch.full((8,), u, dtype=torch.float64), temperature, top_p)
             assert (probs.gather(-1, tokens[:, None]) > 0).all()
     # the CDF's own numbers as uniforms: the token after the boundary, never one of probability 0 (ids 0, 3, 6 ...)
     edges = distribution(logits[0], 1.0, 1.0).cumsum(-1)[1:2000:7]
-    tokens = draw(logits[0].expand(len(edges), -1), edges)
+    tokens = sample_next_token(logits[0].expand(len(edges), -1), edges)
     assert (tokens % 3 > 0).all() and (distribution(logits[0], 1.0, 1.0).cumsum(-1)[tokens] > edges).all()
 
 
@@ -311,19 +319,19 @@ def test_draw_by_hand():
     # probabilities 1/8, 1/2, 1/4, 1/8: boundaries at .125, .625, .875
     logits = torch.tensor([0.125, 0.5, 0.25, 0.125]).log()
     u = torch.tensor([0.0, 0.1, 0.13, 0.62, 0.63, 0.87, 0.88, 0.99], dtype=torch.float64)
-    assert draw(logits.expand(8, 4), u).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sample_next_token(logits.expand(8, 4), u).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     # T = 1/2 squares them: 1, 16, 4, 1 of 22 -> boundaries .045, .773, .955
-    assert draw(logits.expand(8, 4), u, temperature=0.5).tolist() == [0, 1, 1, 1, 1, 2, 2, 3]
-    assert draw(logits.expand(8, 4), u, temperature=0).tolist() == [1] * 8                # the likeliest, whatever u
-    assert draw(logits.view(1, 1, 4).expand(2, 4, 4), u.view(2, 4)).tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]   # any leading shape
+    assert sample_next_token(logits.expand(8, 4), u, temperature=0.5).tolist() == [0, 1, 1, 1, 1, 2, 2, 3]
+    assert sample_next_token(logits.expand(8, 4), u, temperature=0).tolist() == [1] * 8                # the likeliest, whatever u
+    assert sample_next_token(logits.view(1, 1, 4).expand(2, 4, 4), u.view(2, 4)).tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]   # any leading shape
 
 
 def test_temperature_zero_is_greedy():
     model = model_of("llama")
-    tokens, lengths = extend(model, PROMPTS, draws(5, 2, 6), EOS, temperature=0)
+    tokens, lengths = generate_batch(model, PROMPTS, draws(5, 2, 6), EOS, temperature=0)
     for b, prompt in enumerate(PROMPTS):
         text = list(prompt)
         for _ in range(lengths[b, 0]):
             text.append(model.logits(recomputed(model, text)).argmax().item())
         assert text[len(prompt):] == tokens[b, 0, : lengths[b, 0]].tolist() == tokens[b, 1, : lengths[b, 1]].tolist()
-    assert generate.SAMPLE == 4 and len({ROLLOUT, EVALUATION, generate.SAMPLE, 1}) == 4   # streams that never meet
+    assert Stream.SAMPLE == 4 and len(Stream) == len(set(map(int, Stream))) == 5           # streams that never meet

@@ -4,15 +4,17 @@ import struct
 import time
 import tracemalloc
 
+import hostile
 import pytest
 import torch
-
-import hostile
 from hostile import Reader, Tally, attack, feed, put, readers, table
-from nanorlhf import checkpoint, config, data, reward, tokenizer
-from nanorlhf.config import InputError
-from nanorlhf.study import judge, stages
 from test_data import GOOD, QUESTIONS, STORY, fairytale, refused, write
+
+from nanorlhf import reward
+from nanorlhf.io import data, hub, read, tokenizer
+from nanorlhf.io.read import InputError
+from nanorlhf.run import cli
+from nanorlhf.study import judge, stages
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_rows_that_add_up_are_no_loss(tmp_path):
 @pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.jsonl"])
 def test_a_file_beyond_the_bound_is_not_read_to_its_end(name, tmp_path, monkeypatch):
     """64 MB that pack into 64 kB, where 3 MB are allowed: at no time is there more than the bound, two of the pieces of 1 MB, and a copy."""
-    monkeypatch.setattr(config, "LARGEST_FILE", 3 * 2**20)
+    monkeypatch.setattr(read, "MAX_FILE_BYTES", 3 * 2**20)
     path = write(tmp_path / name, b" " * 2**26)
     tracemalloc.start()
     refused(lambda: data.load(path), f"{path}: more than 3,145,728 bytes", "split the file")
@@ -97,7 +99,7 @@ def test_a_file_beyond_the_bound_is_not_read_to_its_end(name, tmp_path, monkeypa
 
 
 def test_a_line_beyond_the_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "LARGEST_JSON", 1000)
+    monkeypatch.setattr(read, "MAX_JSON_BYTES", 1000)
     path = write(tmp_path / "a.jsonl", GOOD + json.dumps({"prompt": "p" * 1000}) + "\n")
     refused(lambda: data.load(path), f"{path}:2: not JSON (more than 1,000 bytes)")
 
@@ -107,7 +109,7 @@ def test_spaces_and_sections_do_not_multiply(tmp_path, monkeypatch):
     responses = [{"text": "a"}] * 3
     path = write(tmp_path / "a.jsonl", [{"prompt": "p" + " " * 100, "responses": responses}, {"prompt": "p" + " " * 101, "responses": responses}])
     refused(lambda: data.load(path), f"{path}:2: the prompt ends in more than 100 spaces")
-    monkeypatch.setattr(data, "LARGEST_FILE", 100)
+    monkeypatch.setattr(data, "MAX_FILE_BYTES", 100)
     # "Once upon\na time." has 17 letters: five of them are 85, six 102. The second question about the same passage costs nothing.
     many = lambda n: "cor_section,question\n" + f'"{",".join("1" * n)}",Who?\n' * 2
     assert len(data.load(fairytale(tmp_path / "five", STORY, many(5))).train[0].prompt) == 5 * 17 + 4 + len("\nQuestion:")
@@ -165,7 +167,7 @@ def test_moments_that_are_no_numbers(moments, sound, tmp_path):
     values = json.loads((folder / "config.json").read_text())
     values["nanorlhf_reward"]["moments"] = "MOMENTS"
     (folder / "config.json").write_text(json.dumps(values).replace('"MOMENTS"', moments))
-    refused(lambda: checkpoint.load_reward_model(folder), f"{folder}/config.json: nanorlhf_reward")
+    refused(lambda: hub.load_reward_model(folder), f"{folder}/config.json: nanorlhf_reward")
 
 
 # -------------------------------------------------------------------------------------------------------- weights
@@ -189,7 +191,7 @@ def test_labels_that_claim_a_million_outputs(sound, tmp_path, monkeypatch):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"id2label": {str(i): "" for i in range(10**5)}}))
     monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory was asked for"))
-    refused(lambda: checkpoint.load_reward_model(folder), "model.safetensors: tensor 'score.weight' has shape (3, 8), config.json says (100000, 8)")
+    refused(lambda: hub.load_reward_model(folder), "model.safetensors: tensor 'score.weight' has shape (3, 8), config.json says (100000, 8)")
 
 
 def test_weights_that_are_larger_than_memory(sound, tmp_path, monkeypatch):
@@ -200,7 +202,7 @@ def test_weights_that_are_larger_than_memory(sound, tmp_path, monkeypatch):
     folder = folder_of(sound, "load_policy", tmp_path / "model")
     # 270 tokens and 32 positions of width 8; a block: 2 x 16 for the norms, 8 x 24 + 24, 8 x 8 + 8, 8 x 32 + 32, 32 x 8 + 8; a norm of 16
     n = (270 + 32) * 8 + 2 * (32 + 216 + 72 + 288 + 264) + 16
-    refused(lambda: checkpoint.load_policy(folder), f"{folder}/model.safetensors: {n:,} parameters", "do not fit into memory")
+    refused(lambda: hub.load_policy(folder), f"{folder}/model.safetensors: {n:,} parameters", "do not fit into memory")
 
 
 @pytest.mark.parametrize("length", [2**40, 2**43, 2**63, 2**64 - 1, 100_000_001])
@@ -208,7 +210,7 @@ def test_a_header_of_terabytes(length, sound, tmp_path):
     folder = folder_of(sound, "load_policy", tmp_path / "model")
     raw = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + raw[8:])
-    refused(lambda: checkpoint.load_policy(folder), f"{folder}/model.safetensors: not a readable safetensors file")
+    refused(lambda: hub.load_policy(folder), f"{folder}/model.safetensors: not a readable safetensors file")
 
 
 NAME = "model-00001-of-00002.safetensors"
@@ -226,7 +228,7 @@ def with_index(sound, folder, name):
                                   "\ud800.safetensors", "..", "x" * 9999 + ".safetensors"])
 def test_an_index_that_names_a_file_elsewhere(name, sound, tmp_path):
     folder = with_index(sound, tmp_path / "model", name.format(tmp_path))
-    refused(lambda: checkpoint.load_trunk(folder), f"{folder}/model.safetensors.index.json: ", "is not the name of a safetensors file in this folder")
+    refused(lambda: hub.load_trunk(folder), f"{folder}/model.safetensors.index.json: ", "is not the name of a safetensors file in this folder")
 
 
 @pytest.mark.parametrize("link", ["relative", "absolute", "loop", "folder"])
@@ -236,7 +238,7 @@ def test_an_index_that_names_a_link_to_elsewhere(link, sound, tmp_path):
     (tmp_path / "there").mkdir()
     to = {"relative": "../secret.safetensors", "absolute": tmp_path / "secret.safetensors", "loop": NAME, "folder": tmp_path / "there"}[link]
     (folder / NAME).symlink_to(to)
-    refused(lambda: checkpoint.load_trunk(folder), str(folder), NAME if link == "loop" else "outside this folder")
+    refused(lambda: hub.load_trunk(folder), str(folder), NAME if link == "loop" else "outside this folder")
 
 
 def test_the_hubs_cache_is_links_and_loads(sound, tmp_path):
@@ -249,7 +251,7 @@ def test_the_hubs_cache_is_links_and_loads(sound, tmp_path):
         path.rename(blobs / str(i))
         path.symlink_to(f"../../blobs/{i}")
     (tmp_path / "short").symlink_to(folder)
-    one, two = (checkpoint.load_trunk(path)[0].parameters() for path in (folder, tmp_path / "short"))
+    one, two = (hub.load_trunk(path)[0].parameters() for path in (folder, tmp_path / "short"))
     assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
 
 
@@ -281,7 +283,7 @@ def split_by(pattern):
 ])
 def test_a_tokenizer_that_asks_for_too_much(change, words, sound, tmp_path):
     folder = changed(sound, tmp_path / "tok", change)
-    refused(lambda: checkpoint.load_tokenizer(folder), str(folder), words)
+    refused(lambda: hub.load_tokenizer(folder), str(folder), words)
 
 
 def test_a_byte_that_is_a_special_token(sound, tmp_path):
@@ -296,14 +298,14 @@ def test_a_settings_file_with_half_a_letter(sound, tmp_path):
     """UTF-8 cannot spell half of a surrogate pair: saving the folder again would end in a UnicodeEncodeError."""
     folder = changed(sound, tmp_path / "tok", lambda table: None)
     (folder / "tokenizer_config.json").write_text('{"chat_template": "\\ud800"}')
-    refused(lambda: checkpoint.load_tokenizer(folder), str(folder))
+    refused(lambda: hub.load_tokenizer(folder), str(folder))
 
 
 def test_a_tokenizer_file_beyond_the_bound(sound, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_BYTES", 1000)
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json, merges.txt"):
         folder = folder_of(sound, name, tmp_path / name)
-        refused(lambda: checkpoint.load_tokenizer(folder), str(folder), "more than 1,000 bytes")
+        refused(lambda: hub.load_tokenizer(folder), str(folder), "more than 1,000 bytes")
 
 
 # -------------------------------------------------------------------------------------------------------- judges, the page
@@ -337,6 +339,7 @@ def test_what_a_reference_drops_is_said(tmp_path, capsys):
 def test_no_text_of_a_model_becomes_markup(tmp_path):
     pytest.importorskip("matplotlib")
     from test_report import Tags, made_up, rows_of, write_study
+
     from nanorlhf.study import report
     evil = ["</script><script>alert(1)</script>", '"><img src=x onerror="alert(1)">', "a & b &lt; 'c' \"d\"", "=cmd()"]
     found = made_up(0)
@@ -365,6 +368,7 @@ def test_no_text_of_a_model_becomes_markup(tmp_path):
 def test_results_that_no_page_can_show(change, words, tmp_path):
     pytest.importorskip("matplotlib")
     from test_report import made_up, write_study
+
     from nanorlhf.study import report
     found = made_up(0)
     change(found)
@@ -384,15 +388,15 @@ def test_answers_keep_their_line_breaks(tmp_path):
 
 def test_a_statistic_has_one_spelling():
     """q03 would not be found among the moments, and its reward not be normalised, without a word."""
-    assert reward.canonical("q03", 10) == reward.canonical("q3", 10) == "q3"
+    assert reward.parse_statistic("q03", 10) == reward.parse_statistic("q3", 10) == "q3"
     for name in ("q" + "1" * 5000, "q" + "0" * 5000 + "9" * 3, "cvar:" + "9" * 5000):
         with pytest.raises(InputError, match="expected mean, q0"):
-            reward.canonical(name, 10)
+            reward.parse_statistic(name, 10)
 
 
 def test_a_word_of_a_million_letters_is_cut():
-    refused(lambda: config.parse(judge.Config, ["--judge", "a", "--data", "b", "--" + "x" * 10**6]), "unrecognized arguments")
-    refused(lambda: config.parse(judge.Config, ["--judge", "a", "--data", "b", "--seed", "9" * 5000]), "invalid int value")
+    refused(lambda: cli.parse(judge.Config, ["--judge", "a", "--data", "b", "--" + "x" * 10**6]), "unrecognized arguments")
+    refused(lambda: cli.parse(judge.Config, ["--judge", "a", "--data", "b", "--seed", "9" * 5000]), "invalid int value")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "/dev/null/x"])

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from nanorlhf import config, data
-from nanorlhf.config import InputError
-from nanorlhf.data import Group, Response
+from nanorlhf.io import data
+from nanorlhf.io.data import Group, Response
+from nanorlhf.io.read import InputError
+from nanorlhf.run import cli
 from nanorlhf.study import judge
 from nanorlhf.study.judge import OpenAI, Reference, Replay, Scoring, form, parse
 
@@ -427,7 +428,7 @@ def command(tmp_path, server, *more, judge_name="openai", out="out.jsonl"):
 
 
 def main(words):
-    judge.main(config.parse(judge.Config, words))
+    judge.main(cli.parse(judge.Config, words))
 
 
 def test_dry_run_counts_what_is_then_asked(server, ask, tmp_path, capsys):

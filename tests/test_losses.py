@@ -3,12 +3,19 @@ import math
 
 import pytest
 import torch
-
 from garbage import NAN, assert_ignored, gradient, random
-from nanorlhf.data import Response, judge, read_hh
-from nanorlhf.losses import (balanced_weights, classification_loss, quantile_huber_loss, quantile_levels, ranked_pairs,
-                             ranking_loss, sft_loss)
-from nanorlhf.reward import MAPS, canonical, statistic
+
+from nanorlhf.io.data import Response, derive_labels, read_hh
+from nanorlhf.losses import (
+    balanced_weights,
+    classification_loss,
+    quantile_huber_loss,
+    quantile_levels,
+    ranked_pairs,
+    ranking_loss,
+    sft_loss,
+)
+from nanorlhf.reward import REWARD_TRANSFORMS, parse_statistic, reduce_quantiles
 
 LN2 = math.log(2)
 
@@ -62,8 +69,9 @@ def test_ranking_means_over_pairs_then_over_groups():
 
 
 def test_ranked_pairs():
-    # 0 beats 1 and 2, which tie; 3 is not there, so its best place counts for nothing
-    pairs = ranked_pairs(torch.tensor([0.0, 1.0, 1.0, -1.0]), torch.tensor([True, True, True, False]))
+    # 0 beats 1 and 2, which tie; 3 and 4 are not there, so the best and the worst place count for nothing
+    valid = torch.tensor([True, True, True, False, False])
+    pairs = ranked_pairs(torch.tensor([0.0, 1.0, 1.0, -1.0, 2.0]), valid)
     assert pairs.nonzero().tolist() == [[0, 1], [0, 2]]
 
 
@@ -142,8 +150,8 @@ def test_classification_ignores_what_is_not_valid():
 def test_the_reward_of_a_classifier_is_tanh():
     # 2 sigmoid(z) - 1 = tanh(z/2);  at ln 3: 2 * 3/4 - 1 = 1/2
     z = torch.tensor([0.0, math.log(3), -math.log(3), 100.0, -100.0])
-    assert MAPS["tanh_half"](z).tolist() == pytest.approx([0, 0.5, -0.5, 1, -1], abs=1e-6)
-    assert MAPS["identity"](z) is z
+    assert REWARD_TRANSFORMS["tanh_half"](z).tolist() == pytest.approx([0, 0.5, -0.5, 1, -1], abs=1e-6)
+    assert REWARD_TRANSFORMS["identity"](z) is z
 
 
 # ------------------------------------------------------------------------------------------------------------- quantiles
@@ -323,7 +331,7 @@ def test_gradients_by_finite_differences(name):
 def judged(labels="auto", **kinds):
     """A judgement of responses that carry these kinds of labels, a value each."""
     keys = list(kinds)
-    return judge([Response("x", **dict(zip(keys, values))) for values in zip(*kinds.values())], labels)
+    return derive_labels([Response("x", **dict(zip(keys, values))) for values in zip(*kinds.values())], labels)
 
 
 def test_places_of_four():
@@ -382,7 +390,7 @@ def test_hh_pairs(tmp_path):
     # chosen over rejected; chosen good, rejected bad; +1, -1
     (tmp_path / "train.jsonl").write_text('{"chosen": "\\n\\nHuman: hi\\n\\nAssistant: yes", "rejected": "\\n\\nHuman: hi\\n\\nAssistant: no"}\n')
     (group,), _ = read_hh(tmp_path / "train.jsonl")
-    found = judge(group.responses)
+    found = derive_labels(group.responses)
     assert [r.text for r in group.responses] == [" yes", " no"]
     assert (found.place, found.label, found.targets) == ([0, 1], [1, 0], [[1], [-1]])
 
@@ -394,26 +402,26 @@ def test_which_kind_of_label_is_read():
     assert judged("label", **both).label == [1, 0]
     assert judged("scores", **dict(both, scores=[[0], [9]])).label == [0, 1] and judged("scores", **dict(both, scores=[[9], [0]])).label == [1, 0]
     assert judged(place=[0, None], label=[0, 1]).label == [0, 1]
-    assert judged(place=[0, None]) is None and judged("label", place=[0, 1]) is None and judge([]) is None
+    assert judged(place=[0, None]) is None and judged("label", place=[0, 1]) is None and derive_labels([]) is None
 
 
 # ------------------------------------------------------------------------------------------------------------ statistic
 
 def test_statistics_of_unsorted_outputs():
     outputs = torch.tensor([[7.0, 3, 9, 1, 5, 0, 8, 2, 6, 4], [70.0, 30, 90, 10, 50, 0, 80, 20, 60, 40]])
-    assert statistic(outputs, "mean").tolist() == [4.5, 45]
+    assert reduce_quantiles(outputs, "mean").tolist() == [4.5, 45]
     for i in range(10):
-        assert statistic(outputs, f"q{i}").tolist() == [i, 10 * i]
+        assert reduce_quantiles(outputs, f"q{i}").tolist() == [i, 10 * i]
     # the lowest ceil(a N): .25 * 10 -> 3, mean of 0 1 2;  .3 * 10 is 3, not 4, whatever rounding says;  a tiny a is the lowest one
     for name, expected in [("cvar:0.25", 1.0), ("cvar:0.3", 1.0), ("cvar:0.31", 1.5), ("cvar:0.1", 0.0), ("cvar:0.001", 0.0), ("cvar:1", 4.5), ("cvar:.7", 3.0)]:
-        assert statistic(outputs, name).tolist() == pytest.approx([expected, 10 * expected]), name
+        assert reduce_quantiles(outputs, name).tolist() == pytest.approx([expected, 10 * expected]), name
 
 
 def test_statistics_that_do_not_exist_are_refused():
     for name in ("mean", "q0", "q9"):
-        assert canonical(name, 10) == name
-    assert canonical("cvar:0.25", 10) == canonical("cvar:.3", 10) == "cvar:0.3" and canonical("cvar:1", 10) == "cvar:1"
-    assert canonical("mean", 1) == "mean"
+        assert parse_statistic(name, 10) == name
+    assert parse_statistic("cvar:0.25", 10) == parse_statistic("cvar:.3", 10) == "cvar:0.3" and parse_statistic("cvar:1", 10) == "cvar:1"
+    assert parse_statistic("mean", 1) == "mean"
     for name, outputs in [("q10", 10), ("q-1", 10), ("cvar:0", 10), ("cvar:1.1", 10), ("cvar:", 10), ("median", 10), ("q0", 1), ("cvar:0.5", 1)]:
         with pytest.raises(ValueError, match="--statistic"):
-            canonical(name, outputs)
+            parse_statistic(name, outputs)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanorlhf import checkpoint, generate, tokenizer
+from nanorlhf import generate
 from nanorlhf.batching import Row, pack_rows
-from nanorlhf.config import InputError
 from nanorlhf.heads import Policy
+from nanorlhf.io import hub, tokenizer
+from nanorlhf.io.read import InputError
 from nanorlhf.llama import rope_frequencies
 
 DATA = Path(os.environ.get("NANORLHF_DATA", "/nonexistent"))
@@ -112,20 +113,20 @@ def spell_as_transformers_4(folder):
 def test_logits_there_and_back(case, tmp_path):
     family, options = CASES[case]
     folder, theirs = their_folder(tmp_path / "theirs", family, options)
-    policy = checkpoint.load_policy(folder)
+    policy = hub.load_policy(folder)
     assert worst_difference(policy, theirs) < 1e-5
 
-    checkpoint.save_policy(tmp_path / "ours", policy, policy.tokenizer)
+    hub.save_policy(tmp_path / "ours", policy, policy.tokenizer)
     back = their_load(tmp_path / "ours")
     assert worst_difference(policy, back) < 1e-5
-    assert policy.trunk.config == checkpoint.load_policy(tmp_path / "ours").trunk.config
+    assert policy.trunk.config == hub.load_policy(tmp_path / "ours").trunk.config
     tied = options.get("tie_word_embeddings", family == "gpt2")
     assert ("lm_head.weight" in load_file(tmp_path / "ours" / "model.safetensors")) == (not tied)
 
     if family == "llama":
         config = policy.trunk.config
         spell_as_transformers_4(folder)
-        policy = checkpoint.load_policy(folder)
+        policy = hub.load_policy(folder)
         assert vars(policy.trunk.config) | {"head_dim": config.head_width} == vars(config)
         assert worst_difference(policy, theirs) < 1e-5
 
@@ -134,12 +135,12 @@ def test_logits_there_and_back(case, tmp_path):
 def test_saved_config_spells_rope_for_both_releases(case, tmp_path):
     # transformers 5 reads the one and 4 the other, so each must say it all without the other
     family, options = CASES[case]
-    trunk = scramble(checkpoint.llama.Llama(checkpoint.trunk_config({"model_type": "llama", **LLAMA, **options}, "config.json")[1]))
-    checkpoint.save_policy(tmp_path, Policy(trunk), tiny_tokenizer("llama"))
+    trunk = scramble(hub.llama.Llama(hub.trunk_config({"model_type": "llama", **LLAMA, **options}, "config.json")[1]))
+    hub.save_policy(tmp_path, Policy(trunk), tiny_tokenizer("llama"))
     values = json.loads((tmp_path / "config.json").read_text())
     for others in (["rope_parameters"], ["rope_theta", "rope_scaling"]):
         left = {key: value for key, value in values.items() if key not in others}
-        found = checkpoint.trunk_config(left, "config.json")[1]
+        found = hub.trunk_config(left, "config.json")[1]
         assert torch.equal(rope_frequencies(found), rope_frequencies(trunk.config))
         assert (found.rope_type, found.rope_theta, found.rope_factor) == (trunk.config.rope_type, trunk.config.rope_theta, trunk.config.rope_factor)
 
@@ -148,7 +149,7 @@ def test_saved_config_spells_rope_for_both_releases(case, tmp_path):
 def test_rope_scaling_matters_here(case, tmp_path):
     # or the two cases above would pass with the scaling left out
     folder, theirs = their_folder(tmp_path, *CASES[case])
-    policy = checkpoint.load_policy(folder)
+    policy = hub.load_policy(folder)
     policy.trunk.frequencies = 1.0 / policy.trunk.config.rope_theta ** (torch.arange(0, 8, 2) / 8)
     assert worst_difference(policy, theirs) > 1e-2
 
@@ -157,7 +158,7 @@ def test_llama3_frequencies_by_hand():
     # LLAMA3_ROPE: frequencies 100^(-i/4) = 1, .316228, .1, .0316228.  i = 0 is kept, i = 2 and 3 divided by 4;
     # i = 1: 40 / (2 pi / .316228) = 2.01317 waves, kept share (2.01317 - 1) / 3 = .337723,
     # frequency .316228 (.662277 / 4 + .337723) = .159155
-    _, config = checkpoint.trunk_config({"model_type": "llama", **LLAMA, "rope_parameters": LLAMA3_ROPE}, "config.json")
+    _, config = hub.trunk_config({"model_type": "llama", **LLAMA, "rope_parameters": LLAMA3_ROPE}, "config.json")
     torch.testing.assert_close(rope_frequencies(config), torch.tensor([1.0, 0.159155, 0.025, 0.00790569]), atol=1e-6, rtol=0)
 
 
@@ -165,14 +166,14 @@ def test_llama3_frequencies_by_hand():
 def test_sharded_folder(family, tmp_path):
     folder, theirs = their_folder(tmp_path, family, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2 and (folder / "model.safetensors.index.json").exists()
-    assert worst_difference(checkpoint.load_policy(folder), theirs) < 1e-5
+    assert worst_difference(hub.load_policy(folder), theirs) < 1e-5
 
 
 def test_one_file_comes_before_an_index(tmp_path):
     # as in transformers: an index beside model.safetensors is left from an older save
     folder, theirs = their_folder(tmp_path, "gpt2")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "gone.safetensors"}}')
-    assert worst_difference(checkpoint.load_policy(folder), theirs) < 1e-5
+    assert worst_difference(hub.load_policy(folder), theirs) < 1e-5
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -186,7 +187,7 @@ def test_gpt2_as_first_published(untied, tmp_path):
         tensors[f"h.{n}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(tensors, path)
     assert "wte.weight" in tensors and "h.1.mlp.c_fc.weight" in tensors
-    assert worst_difference(checkpoint.load_policy(folder), theirs) < 1e-5
+    assert worst_difference(hub.load_policy(folder), theirs) < 1e-5
 
 
 def test_llama_with_old_buffers(tmp_path):
@@ -194,7 +195,7 @@ def test_llama_with_old_buffers(tmp_path):
     path = folder / "model.safetensors"
     old = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.full((4,), 7.0) for n in range(2)}    # unlike what is computed
     save_file(load_file(path) | old, path)
-    assert worst_difference(checkpoint.load_policy(folder), theirs) < 1e-5
+    assert worst_difference(hub.load_policy(folder), theirs) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["gpt2-untied", "llama-grouped"])
@@ -204,7 +205,7 @@ def test_bfloat16_file_loads_exactly_as_float32(case, tmp_path):
     theirs.save_pretrained(tmp_path)
     tiny_tokenizer(family).save(tmp_path)
     assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
-    policy = checkpoint.load_policy(tmp_path)
+    policy = hub.load_policy(tmp_path)
     weights = dict(theirs.named_parameters())
     for name, parameter in policy.trunk.named_parameters():
         assert parameter.dtype == torch.float32
@@ -219,14 +220,14 @@ def test_head_stored_although_tied(family, tmp_path):
     tensors = load_file(path)
     table = PREFIX[family] + ("wte" if family == "gpt2" else "embed_tokens") + ".weight"
     save_file(tensors | {"lm_head.weight": tensors[table].clone()}, path)
-    assert worst_difference(checkpoint.load_policy(folder), theirs) < 1e-5
+    assert worst_difference(hub.load_policy(folder), theirs) < 1e-5
 
     other = tensors[table].clone()
     other[-1, -1] += 1e-3
     save_file(tensors | {"lm_head.weight": other}, path)
     for head in (True, False):
         with pytest.raises(InputError, match="lm_head.weight.*tie_word_embeddings") as caught:
-            checkpoint.load_trunk(folder, head)
+            hub.load_trunk(folder, head)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -243,7 +244,7 @@ def test_counts_by_hand():
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_sizes_have_the_published_number_of_parameters(name):
-    family, config = checkpoint.SIZES[name]
+    family, config = hub.SIZES[name]
     with torch.device("meta"):
         assert sum(p.numel() for p in family(config).parameters()) == COUNTS[name]
 
@@ -253,9 +254,9 @@ STORIES = ["Once upon a time", "Lily and Tom went to the park with their dog. Th
 
 def same_greedy_tokens(folder, prompts, n):
     """n greedy tokens after each prompt: ours with all prompts in one uneven batch, theirs one by one; nothing stops at EOS."""
-    policy, theirs = checkpoint.load_policy(folder), their_load(folder)
+    policy, theirs = hub.load_policy(folder), their_load(folder)
     encoded = [policy.tokenizer.encode_prompt(text) for text in prompts]
-    ours, _ = generate.extend(policy.trunk, encoded, torch.zeros(len(prompts), 1, n, dtype=torch.float64), eos_id=-1, temperature=0)
+    ours, _ = generate.generate_batch(policy.trunk, encoded, torch.zeros(len(prompts), 1, n, dtype=torch.float64), eos_id=-1, temperature=0)
     theirs.generation_config.eos_token_id = None
     for b, prompt in enumerate(encoded):
         found = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=n)

@@ -2,7 +2,6 @@
 import copy
 import dataclasses
 import functools
-import inspect
 import random
 import shutil
 
@@ -13,11 +12,12 @@ from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanorlhf import dist, generate, gpt2, heads, llama, losses, optim, ppo, speed
+from nanorlhf import attention, generate, heads, losses
 from nanorlhf.batching import Row, pack_rows
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.heads import Policy, Scorer
+from nanorlhf.heads import Policy, RewardModel
 from nanorlhf.llama import Llama, LlamaConfig
+from nanorlhf.run import kernels, optim, precision
 
 VOCAB, TEMPERATURE, CPU = 23, 0.7, torch.device("cpu")
 LLAMA = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
@@ -44,7 +44,7 @@ def models(name, dtype=torch.float64):
     """A policy with a critic and a scorer of two outputs on one trunk; weights large enough that every column that is seen matters."""
     torch.manual_seed(0)
     trunk = TRUNKS[name]()
-    both = torch.nn.ModuleList([Policy(trunk, value_head=True), Scorer(trunk, outputs=2)])
+    both = torch.nn.ModuleList([Policy(trunk, value_head=True), RewardModel(trunk, outputs=2)])
     for parameter in both.parameters():
         parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
     return both.to(dtype)
@@ -55,8 +55,8 @@ def spread(batch, where):
     at, n = {"left": (0, 2), "middle": (2, 3)}[where]
     wide = lambda x, pad: torch.cat([x[:, :at], torch.full((len(x), n), pad), x[:, at:]], 1)
     move = lambda x, keep: torch.where(keep & (x >= at), x + n, x)                    # of an absent response `last` stays 0: padding, at the left
-    return dataclasses.replace(batch, tokens=wide(batch.tokens, 5), positions=wide(batch.positions, 7), branch=wide(batch.branch, -1),
-                               predictor=move(batch.predictor, batch.mask), last=move(batch.last, batch.valid))
+    return dataclasses.replace(batch, tokens=wide(batch.tokens, 5), positions=wide(batch.positions, 7), branch=wide(batch.branch, -1), lengths=None,
+                               logit_index=move(batch.logit_index, batch.response_mask), last_index=move(batch.last_index, batch.valid))
 
 
 # ---------------------------------------------------------------------------------------------------- the reference
@@ -79,9 +79,9 @@ def alone(trunk, text):
             q, k, v = (size(y, H) for y in (block.ln_1(x) @ a.c_attn.weight + a.c_attn.bias).chunk(3, -1))
         else:
             H, a, normed = trunk.config.num_attention_heads, block.self_attn, block.input_layernorm(x)
-            q, k, v = size(normed @ a.q_proj.weight.T, H), size(normed @ a.k_proj.weight.T, a.groups), size(normed @ a.v_proj.weight.T, a.groups)
+            q, k, v = size(normed @ a.q_proj.weight.T, H), size(normed @ a.k_proj.weight.T, (a.k_proj.out_features // a.head_width)), size(normed @ a.v_proj.weight.T, (a.k_proj.out_features // a.head_width))
             q, k = turned(q, trunk.config.rope_theta), turned(k, trunk.config.rope_theta)
-            k, v = (y.repeat_interleave(H // a.groups, 1) for y in (k, v))
+            k, v = (y.repeat_interleave(H // (a.k_proj.out_features // a.head_width), 1) for y in (k, v))
         weight = torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5 + torch.full((T, T), -torch.inf, dtype=x.dtype).triu(1)
         y = torch.einsum("hij,jhd->ihd", weight.softmax(-1), v).flatten(1)
         if trunk.family == "gpt2":
@@ -97,8 +97,8 @@ def alone(trunk, text):
 def expected(both, rows):
     """logprobs, entropy, values (B,K,R) and scores (B,K,2), each response alone with its prompt; 0 where there is none."""
     (policy, scorer), batch = both, pack_rows(rows)
-    logprobs, entropy, values = (list(torch.zeros(batch.mask.shape, dtype=torch.float64).flatten(0, 1)) for _ in range(3))
-    scores, (_, K, R) = list(torch.zeros(*batch.valid.shape, 2, dtype=torch.float64).flatten(0, 1)), batch.mask.shape
+    logprobs, entropy, values = (list(torch.zeros(batch.response_mask.shape, dtype=torch.float64).flatten(0, 1)) for _ in range(3))
+    scores, (_, K, R) = list(torch.zeros(*batch.valid.shape, 2, dtype=torch.float64).flatten(0, 1)), batch.response_mask.shape
     for b, row in enumerate(rows):
         for k, response in enumerate(row.responses):
             hidden, n = alone(policy.trunk, row.prompt + response), len(response)
@@ -112,7 +112,7 @@ def expected(both, rows):
 
 
 def computed(both, batch):
-    out, scores = both[0](batch, TEMPERATURE, ppo.entropy), both[1](batch)
+    out, scores = both[0](batch, TEMPERATURE, return_entropy=True), both[1](batch)
     return [out.logprobs, out.entropy, out.values, torch.where(batch.valid[..., None], scores, 0.0)]
 
 
@@ -147,29 +147,29 @@ def flex(both, patch):
     patch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 
-def recompute(both, patch):
-    both[0].trunk.recompute = True
+def activation_checkpointing(both, patch):
+    both[0].trunk.activation_checkpointing = True
 
 
 def chunked(both, patch):
-    patch.setattr(heads, "CHUNK", 3)
+    patch.setattr(heads, "LOGITS_CHUNK", 3)
 
 
 def all_columns(both, patch):
     """The last block computes every column, and what is wanted is picked after it."""
     hidden = both[0].trunk.hidden
-    patch.setattr(both[0].trunk, "hidden", lambda *where, at: hidden(*where).flatten(0, 1)[at])
+    patch.setattr(both[0].trunk, "hidden", lambda *where, at, lengths: hidden(*where).flatten(0, 1)[at])
 
 
 def traced(both, patch):
     """--compile without its C++ compiler: what was traced runs as it is."""
     torch._dynamo.reset()
     patch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
-    speed.tune(both[0].trunk, CPU, "float64", compile=True, recompute=False)
+    kernels.choose_kernels(both[0].trunk, CPU, "float64", compile=True, activation_checkpointing=False)
     assert not both[0].trunk.flex                                                      # on a CPU its backward would be refused
 
 
-@pytest.mark.parametrize("path", [dense, flex, recompute, chunked, all_columns, traced], ids=lambda path: path.__name__)
+@pytest.mark.parametrize("path", [dense, flex, activation_checkpointing, chunked, all_columns, traced], ids=lambda path: path.__name__)
 @pytest.mark.parametrize("name", TRUNKS)
 def test_every_path_is_each_response_alone(name, path, monkeypatch):
     """logprobs, entropy, values, scores and gradients; padding at the right, the left or in the middle; 1e-10 and, in float32, 1e-5."""
@@ -182,7 +182,7 @@ def test_every_path_is_each_response_alone(name, path, monkeypatch):
             for x, y in zip(found, right):
                 near(x, y, tolerance)
             near(gradients(both, found), slope, tolerance)
-            with torch.no_grad():                                                      # another branch of recompute and of the chunks
+            with torch.no_grad():                                                      # another branch of activation_checkpointing and of the chunks
                 for x, y in zip(computed(both, layout), right):
                     near(x, y, tolerance)
         monkeypatch.undo()
@@ -203,11 +203,11 @@ def test_several_blocks_of_flex_attention(name, which, monkeypatch):
     assert both[0].trunk.hidden(batch.tokens, batch.positions, batch.branch).shape == (*batch.tokens.shape, 16)     # copies of the last column are gone
 
 
-@pytest.mark.parametrize("family", [gpt2, llama], ids=["gpt2", "llama"])
-def test_who_sees_whom_in_flex_attention(family):
+def test_who_sees_whom_in_flex_attention():
     """Pair by pair, by the words: the same row, not later, the prompt or one's own branch; and 1 of 9 blocks, at least, is skipped."""
     branch = spread(pack_rows(LONG), "middle").branch
-    index, mask = family.lay_out(branch, flex=True)
+    layout = attention.Layout(branch, None, None, flex=True)
+    index, mask = layout.index, layout.mask
     kept = (branch.flatten() >= 0).nonzero().flatten()
     assert len(index) == 384 and torch.equal(index[:300], kept) and (index[300:] == kept[-1]).all()
     row, own, at = kept // branch.shape[1], branch.flatten()[kept], torch.arange(384)
@@ -219,9 +219,21 @@ def test_who_sees_whom_in_flex_attention(family):
     assert torch.equal(mask.to_dense()[0, 0].bool(), blocks) and not blocks[0, 2] and not blocks[2, 0]
 
 
-def test_the_files_repeat_each_other_exactly():
-    for name in ("visible", "Cache", "Sight", "lay_out", "flex_kernel", "attend_cache", "attend"):
-        assert inspect.getsource(getattr(gpt2, name)) == inspect.getsource(getattr(llama, name)), name
+@pytest.mark.parametrize("name", TRUNKS)
+def test_what_the_host_knows_is_not_asked_of_the_device(name):
+    """A tensor on the meta device has no values: a forward that asks for one fails. On a GPU each such question makes the host wait."""
+    trunk, batch = models(name)[0].trunk, pack_rows(ROWS)
+    assert batch.lengths == [9, 15, 6]
+    where = batch.tokens, batch.positions, batch.branch
+    known = trunk.hidden(*where, lengths=batch.lengths)
+    assert torch.equal(known, trunk.hidden(*where))
+    trunk, batch = trunk.to("meta"), batch.to("meta")
+    where = batch.tokens, batch.positions, batch.branch
+    at = batch.last_index.flatten()
+    assert trunk.hidden(*where, at=at, lengths=batch.lengths).shape == (9, 16)
+    assert trunk.hidden(*where, lengths=batch.lengths).shape == known.shape
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        trunk.hidden(*where, at=at)
 
 
 # ---------------------------------------------------------------------------------------------------------- compiled
@@ -248,7 +260,7 @@ def test_compiled_by_inductor(name):
         pytest.skip("no C++ compiler")
     torch._dynamo.reset()
     (right, slope), both = reference(name, "rows"), models(name)
-    speed.tune(both[0].trunk, CPU, "float64", compile=True, recompute=True)
+    kernels.choose_kernels(both[0].trunk, CPU, "float64", compile=True, activation_checkpointing=True)
     found = computed(both, spread(pack_rows(ROWS), "middle"))
     for x, y in zip(found, right):
         near(x, y, 1e-10)
@@ -260,12 +272,12 @@ def test_compiled_by_inductor(name):
 def test_never_more_than_chunk_logits_at_once(monkeypatch):
     """17 response tokens, 3 at a time: six pieces, and the same six again in the backward; without gradients no second time."""
     (policy, _), batch, read = models("gpt2"), pack_rows(ROWS), []
-    monkeypatch.setattr(heads, "CHUNK", 3)
+    monkeypatch.setattr(heads, "LOGITS_CHUNK", 3)
     logits = policy.trunk.logits
     monkeypatch.setattr(policy.trunk, "logits", lambda hidden: (read.append(len(hidden)), logits(hidden))[1])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.shape), x)[1], lambda x: x):
-        out = policy(batch, entropy=ppo.entropy)
+        out = policy(batch, return_entropy=True)
     assert read == [3, 3, 3, 3, 3, 2] and not any(shape[-1:] == (VOCAB,) and len(shape) == 2 and shape[0] <= 17 for shape in kept)
     (out.logprobs.sum() + out.entropy.sum()).backward()
     assert sorted(read) == [2, 2] + 10 * [3]
@@ -276,7 +288,7 @@ def test_never_more_than_chunk_logits_at_once(monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_recompute_keeps_less_than_half(family):
-    """Bytes of activations kept for the backward, 6 blocks. What `recompute` keeps beside saved tensors is each block's input, n x D."""
+    """Bytes of activations kept for the backward, 6 blocks. What `activation_checkpointing` keeps beside saved tensors is each block's input, n x D."""
     config = GPT2Config(vocab_size=VOCAB, n_positions=128, n_embd=16, n_layer=6, n_head=2)
     trunk, batch = GPT2(config) if family == "gpt2" else Llama(LlamaConfig(**{**LLAMA, "num_hidden_layers": 6})), pack_rows(LONG)
     weights, kept = {p.untyped_storage().data_ptr() for p in trunk.parameters()}, {}
@@ -285,11 +297,11 @@ def test_recompute_keeps_less_than_half(family):
             kept[x.untyped_storage().data_ptr()] = x, x.untyped_storage().nbytes()      # x too, so that no address is used twice
         return x
     sizes = {}
-    for trunk.recompute in (False, True):
+    for trunk.activation_checkpointing in (False, True):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             trunk.hidden(batch.tokens, batch.positions, batch.branch)
-        sizes[trunk.recompute] = sum(size for _, size in kept.values()) + 6 * 300 * 16 * 4 * trunk.recompute
+        sizes[trunk.activation_checkpointing] = sum(size for _, size in kept.values()) + 6 * 300 * 16 * 4 * trunk.activation_checkpointing
     assert 0 < sizes[True] < 0.5 * sizes[False], sizes
 
 
@@ -304,8 +316,8 @@ def trained_like(family):
     for name, p in trunk.named_parameters():
         if p.ndim == 2:                                                                # tables: 3 / sqrt(128); matrices: 1 / sqrt(128)
             torch.nn.init.normal_(p, std=(3 if "wte" in name or "embed" in name else 1) / 128 ** 0.5)
-    scorer = Scorer(trunk)
-    scorer.draw_head()
+    scorer = RewardModel(trunk)
+    scorer.init_head()
     torch.nn.init.normal_(scorer.score.weight, std=128 ** -0.5)                        # scores of deviation 1, as a reward model's
     return torch.nn.ModuleList([Policy(trunk, value_head=True), scorer])
 
@@ -320,9 +332,9 @@ def test_bfloat16_moves_little(family):
     (policy, scorer), read = both, []
     found = {}
     for dtype in ("float32", "bfloat16"):
-        with torch.no_grad(), dist.autocast(policy, dtype):
-            out = policy(batch, TEMPERATURE, ppo.entropy)
-            found[dtype] = out.logprobs[batch.mask], out.entropy[batch.mask], scorer(batch)[batch.valid]
+        with torch.no_grad(), precision.autocast(policy, dtype):
+            out = policy(batch, TEMPERATURE, return_entropy=True)
+            found[dtype] = out.logprobs[batch.response_mask], out.entropy[batch.response_mask], scorer(batch)[batch.valid]
         assert all(x.dtype == torch.float32 for x in found[dtype])
     logprobs, entropy, scores = ((a - b).abs() for a, b in zip(*found.values()))
     assert 1e-4 < logprobs.mean() < 0.1 and logprobs.max() < 0.5                      # more than nothing: autocast is on
@@ -331,11 +343,11 @@ def test_bfloat16_moves_little(family):
     # the softmax is float32's: from the same bfloat16 logits, it equals float64's to 1e-5; in bfloat16 it would be off by 2^-9 x 8 = 0.016
     logits = policy.trunk.logits
     policy.trunk.logits = lambda hidden: (read.append(logits(hidden)), read[-1])[1]
-    with torch.no_grad(), dist.autocast(policy, "bfloat16"):
+    with torch.no_grad(), precision.autocast(policy, "bfloat16"):
         out = policy(batch, TEMPERATURE)
     assert read[0].dtype == torch.bfloat16
-    right = (read[0].double() / TEMPERATURE).log_softmax(-1).gather(1, batch.responses[batch.mask][:, None])[:, 0]
-    assert (out.logprobs[batch.mask] - right).abs().max() < 1e-5
+    right = (read[0].double() / TEMPERATURE).log_softmax(-1).gather(1, batch.responses[batch.response_mask][:, None])[:, 0]
+    assert (out.logprobs[batch.response_mask] - right).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -349,8 +361,8 @@ def test_a_training_step_in_bfloat16(family):
         policy = trained_like(family)[0]
         optimizer, seen = optim.adamw(policy, 1e-4), []
         for _ in range(2):
-            with dist.autocast(policy, dtype):
-                loss = losses.sft_loss(policy(batch).logprobs, batch.mask)
+            with precision.autocast(policy, dtype):
+                loss = losses.sft_loss(policy(batch).logprobs, batch.response_mask)
             loss.backward()
             assert all(p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32) for p in policy.parameters())
             seen.append(loss.item())
@@ -378,28 +390,28 @@ def inside(tokens, lengths):
 
 
 @pytest.mark.parametrize("name", TRUNKS)
-def test_a_fixed_cache_gives_the_same_tokens(name, monkeypatch):
+def test_a_static_cache_gives_the_same_tokens(name, monkeypatch):
     """As a CUDA graph needs it: every row to the last step, the whole room read. Else finished rows leave, at several steps."""
     trunk, u, left = models(name)[0].trunk, draws(5, 2, 24), []
-    keep = type(trunk.new_cache(1, 1)).keep
-    monkeypatch.setattr(type(trunk.new_cache(1, 1)), "keep", lambda cache, rows: (left.append(cache.fixed), keep(cache, rows))[1])
-    eos = generate.extend(trunk, PROMPTS, u, eos_id=-1)[0].flatten().bincount().argmax().item()        # what this model says most
-    free, fixed = (generate.extend(trunk, PROMPTS, u, eos, fixed=fixed) for fixed in (False, True))
-    assert torch.equal(free[1], fixed[1]) and inside(*free) == inside(*fixed)
-    assert len(free[1].unique()) >= 4 and len(left) >= 2 and not any(left)
+    select = attention.KVCache.select
+    monkeypatch.setattr(attention.KVCache, "select", lambda cache, rows: (left.append(cache.static), select(cache, rows))[1])
+    eos = generate.generate_batch(trunk, PROMPTS, u, eos_id=-1)[0].flatten().bincount().argmax().item()        # what this model says most
+    growing, static = (generate.generate_batch(trunk, PROMPTS, u, eos, static_cache=static) for static in (False, True))
+    assert torch.equal(growing[1], static[1]) and inside(*growing) == inside(*static)
+    assert len(growing[1].unique()) >= 4 and len(left) >= 2 and not any(left)
 
 
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", TRUNKS)
-def test_sampling_in_bfloat16(name, fixed):
+def test_sampling_in_bfloat16(name, static):
     """The cache is bfloat16 as values are (LLaMA's rotated keys are float32 under autocast), and the first tokens are mostly float32's."""
     trunk, u, caches = models(name, torch.float32)[0].trunk, draws(5, 8, 6), []
     made = trunk.new_cache
     trunk.new_cache = lambda *shape: (caches.append(made(*shape)), caches[-1])[1]
     found = []
     for dtype in ("float32", "bfloat16"):
-        with dist.autocast(trunk, dtype):
-            found.append(generate.extend(trunk, PROMPTS, u, eos_id=-1, fixed=fixed)[0])
+        with precision.autocast(trunk, dtype):
+            found.append(generate.generate_batch(trunk, PROMPTS, u, eos_id=-1, static_cache=static)[0])
     assert [cache.keys.dtype for cache in caches] == [cache.values.dtype for cache in caches] == [torch.float32, torch.bfloat16]
     assert (found[0] == found[1])[:, :, 0].float().mean() > 0.7         # 40 draws; a CDF that is off by 0.02 moves about one in ten
 
@@ -425,11 +437,11 @@ WITH_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reaso
 def test_decoding_with_onednn_says_the_same(name, monkeypatch):
     """Every product with a weight, in prompt and steps, goes to oneDNN; the uniforms lie at no boundary, so the tokens are the same."""
     trunk, u = models(name, torch.float32)[0].trunk, draws(5, 3, 8)
-    usual = generate.extend(trunk, PROMPTS, u, eos_id=-1)[0]
-    monkeypatch.setattr(speed, "LARGE", 0)
-    speed.tune(trunk, CPU, "float32")
+    usual = generate.generate_batch(trunk, PROMPTS, u, eos_id=-1)[0]
+    monkeypatch.setattr(kernels, "MIN_WEIGHT_SIZE", 0)
+    kernels.choose_kernels(trunk, CPU, "float32")
     with Products() as count:
-        assert torch.equal(generate.extend(trunk, PROMPTS, u, eos_id=-1)[0], usual)
+        assert torch.equal(generate.generate_batch(trunk, PROMPTS, u, eos_id=-1)[0], usual)
     a_block = 4 if name == "gpt2" else 7                         # c_attn, c_proj, c_fc, c_proj; q, k, v, o, gate, up, down
     assert (count.onednn, count.mkl) == (8 * (2 * a_block + 1), 0)       # the prompt and 7 steps: 2 blocks and the head
 
@@ -437,13 +449,13 @@ def test_decoding_with_onednn_says_the_same(name, monkeypatch):
 @WITH_ONEDNN
 @pytest.mark.parametrize("name", TRUNKS)
 def test_training_with_onednn_is_the_same(name, monkeypatch):
-    """Outputs and gradients to 1e-5, with chunks and recompute too, whose backward computes a second time."""
-    monkeypatch.setattr(speed, "LARGE", 0)
+    """Outputs and gradients to 1e-5, with chunks and activation_checkpointing too, whose backward computes a second time."""
+    monkeypatch.setattr(kernels, "MIN_WEIGHT_SIZE", 0)
     right, slope = reference(name, "rows")
-    for path in (dense, recompute, chunked):
+    for path in (dense, activation_checkpointing, chunked):
         both, batch = models(name, torch.float32), pack_rows(ROWS)
         path(both, monkeypatch)
-        speed.tune(both[0].trunk, CPU, "float32", recompute=both[0].trunk.recompute)
+        kernels.choose_kernels(both[0].trunk, CPU, "float32", activation_checkpointing=both[0].trunk.activation_checkpointing)
         with Products() as count:
             found = computed(both, batch)
         near(gradients(both, found), slope, 1e-5)
@@ -455,15 +467,15 @@ def test_training_with_onednn_is_the_same(name, monkeypatch):
 @WITH_ONEDNN
 def test_who_is_tuned(monkeypatch):
     """Large layers of a float32 trunk on a CPU; a copy of a tuned trunk multiplies by its own weights."""
-    monkeypatch.setattr(speed, "LARGE", 16 * 33)
+    monkeypatch.setattr(kernels, "MIN_WEIGHT_SIZE", 16 * 33)
     for dtype, compile, tuned in (("float32", False, ["c_attn", "c_fc", "c_proj"]), ("bfloat16", False, []), ("float64", False, []), ("float32", True, [])):
         trunk = models("gpt2", torch.float32)[0].trunk
-        speed.tune(trunk, CPU, dtype, compile)                   # 16 x 48 and 16 x 64 are large, 16 x 16 is not
+        kernels.choose_kernels(trunk, CPU, dtype, compile)                   # 16 x 48 and 16 x 64 are large, 16 x 16 is not
         names = [name for name, layer in trunk.named_modules() if "forward" in vars(layer)]
         assert sorted({name.split(".")[-1] for name in names}) == tuned and len(names) == 2 * len(tuned)
-        assert (trunk.product is speed.large_product) == bool(tuned)
+        assert (trunk.lm_head_matmul is kernels.large_product) == bool(tuned)
     trunk = models("gpt2", torch.float32)[0].trunk
-    speed.tune(trunk, CPU, "float32")
+    kernels.choose_kernels(trunk, CPU, "float32")
     copied, x = copy.deepcopy(trunk), torch.randn(3, 16)
     with torch.no_grad():
         trunk.h[0].mlp.c_fc.weight.zero_()
@@ -493,7 +505,7 @@ def test_decoding_copies_nothing_from_the_host_after_the_first_forward(family):
     # LLaMA's rope table is no parameter, so `.to(device)` leaves it behind: the first forward may take it along.
     trunk = TRUNKS[family]().to("meta")
     with torch.no_grad():
-        cache = trunk.new_cache(2, 12, fixed=True)
+        cache = trunk.new_cache(2, 12, static=True)
         tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
         cache.used = 3                               # as behind a prompt: laying a prompt out asks the device, which meta cannot answer
         with Crossings() as first:

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import train_ppo
-from nanorlhf import dist, generate, gpt2, optim, runs
-from nanorlhf.batching import Row, pack_rows
+from nanorlhf import gpt2
+from nanorlhf.batching import Row, Stream, pack_rows
 from nanorlhf.heads import Policy
+from nanorlhf.run import dist, nonfinite, optim
 
 WORDS, EOS = 4, 5                      # tokens 0 .. 3; EOS is never drawn because the responses are 2 tokens long and its logit is low
 SCORES = {pair: score for pair, score in zip(itertools.product(range(WORDS), repeat=2),
@@ -49,7 +50,7 @@ def table(trunk):
 def test_policy_reaches_the_enumerable_optimum(k, seed):
     # The maximum of E[score] - beta KL(pi || ref) is  pi*(y) = ref(y) exp(score(y) / beta) / Z  (Lagrange; a softmax).
     device = dist.setup("cpu", seed)
-    config = train_ppo.Config(data="", policy="", reward="", out="", k=k, groups=128 // k, max_new=2, kl_coef=BETA, epochs=2, minibatches=2,
+    config = train_ppo.Config(data="", policy="", reward="", out="", k=k, groups=128 // k, max_new_tokens=2, kl_coef=BETA, epochs=2, minibatches=2,
                               eos_penalty=0.0, lam=1.0, vf_coef=0.5, lr=3e-3, seed=seed)
     trunk = World(gpt2.GPT2Config(vocab_size=6, n_positions=4, n_embd=16, n_layer=1, n_head=2))
     with torch.no_grad():                # a reference that is not uniform, so that ref in the formula matters
@@ -59,14 +60,16 @@ def test_policy_reaches_the_enumerable_optimum(k, seed):
     best = ref * torch.tensor(list(SCORES.values()), dtype=torch.float64).div(BETA).exp()
     best = best / best.sum()
     optimizer = optim.adamw(policy, config.lr, train_ppo.ADAM_EPS)
-    finite = runs.Finite(config, "train_ppo", policy)
+    guard = nonfinite.NonFiniteGuard(config, "train_ppo", policy)
+    setup = train_ppo.Setup(config, device, Tokens, policy, reference, Reward())
     steps = 60
     for step in range(steps):
         prompts = [Row([4], [], index) for index in range(config.groups)]
-        rollout = train_ppo.sample(policy, Tokens, Reward(), prompts, [""] * config.groups, config, generate.ROLLOUT, step, k)
-        train_ppo.look(policy, reference, rollout, config, device)
-        train_ppo.add_advantages(rollout, config.kl_coef, config)
-        train_ppo.update(policy, optimizer, rollout, config, device, step, optim.learning_rate(config.lr, step, steps, "linear"), finite)
+        rows = train_ppo.generate_responses(setup, prompts, Stream.ROLLOUT, step, k)
+        rollout = train_ppo.score_responses(setup, rows, [""] * config.groups, step)
+        train_ppo.evaluate_rollout(setup, rollout)
+        train_ppo.compute_advantages(rollout, config.kl_coef, config)
+        train_ppo.update(setup, optimizer, guard, rollout, step, optim.learning_rate(config.lr, step, steps, "linear"))
     found = table(policy.trunk)
     kl = lambda p, q: (p * (p / q).log()).sum().item()
     assert found.sum() == pytest.approx(1, abs=1e-6)

@@ -18,7 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanorlhf import checkpoint, dist, gpt2, heads, llama, reward, runs, tokenizer
+from nanorlhf import gpt2, heads, llama, reward
+from nanorlhf.io import hub, tokenizer
+from nanorlhf.run import dist, nonfinite, run_folder, signals
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a king queen saw the wood house and old river bear went".split()
@@ -83,8 +85,8 @@ def tiny_world(folder):
     policy = heads.Policy(gpt2.GPT2(gpt2.GPT2Config(vocab_size=policy_tok.vocab_size, n_positions=96, n_embd=32, n_layer=2, n_head=2)))
     trunk = llama.Llama(llama.LlamaConfig(vocab_size=reward_tok.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                           num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96))
-    scorer = heads.Scorer(trunk)
-    scorer.draw_head()
+    scorer = heads.RewardModel(trunk)
+    scorer.init_head()
     with torch.no_grad():
         for model in (policy, scorer):
             for parameter in model.parameters():             # biases of a new model are 0: a relative difference to them would say nothing
@@ -92,10 +94,10 @@ def tiny_world(folder):
         eos = policy.trunk.wte.weight[policy_tok.eos_id]         # every tenth token of the policy is EOS, so that its responses differ in length
         policy.trunk.ln_f.bias.add_(3.4 * eos / eos.dot(eos))    # logit + 3.4: e^3.4 = 30 times its share of one in 300
     trunk.lm_head = None
-    checkpoint.save_policy(folder / "policy", policy, policy_tok)
-    checkpoint.save_reward_model(folder / "reward", reward.RewardModel(scorer, reward_tok))
+    hub.save_policy(folder / "policy", policy, policy_tok)
+    hub.save_reward_model(folder / "reward", reward.TextReward(scorer, reward_tok))
     language = llama.Llama(trunk.config)
-    checkpoint.save_policy(folder / "llama", heads.Policy(language), reward_tok)
+    hub.save_policy(folder / "llama", heads.Policy(language), reward_tok)
     return folder
 
 
@@ -112,7 +114,7 @@ STAGES = {
     "classification": ("train_rm", dict(loss="classification", labels="label", **RM)),
     "quantile": ("train_rm", dict(loss="quantile", labels="place", **RM)),
     "scores": ("train_rm", dict(loss="quantile", quantile_target="scores", kappa=0, rank_coef=0.5, labels="place", **RM)),
-    "ppo": ("train_ppo", dict(groups=8, k=3, max_new=8, epochs=2, minibatches=2, kl_target=0.05, kl_horizon=100, target_kl=0.5)),
+    "ppo": ("train_ppo", dict(groups=8, k=3, max_new_tokens=8, epochs=2, minibatches=2, kl_coef_target=0.05, kl_horizon=100, target_kl=0.5)),
 }
 # processes, columns a micro-batch, groups or prompts a step
 SPLITS = {"two processes": (2, 10**6), "accumulation 2": (1, 220), "accumulation 4": (1, 110), "two processes, accumulation 2": (2, 110),
@@ -165,7 +167,7 @@ def compared(jobs, world, folder, name, split, fault=None, **more):
     return difference(whole, out), rows_of(whole), rows_of(out)
 
 
-MEASURED = {"seconds", "tokens_per_second", "share", "memory_gb"}
+MEASURED = {"seconds", "tokens_per_second", "mfu", "memory_gb"}
 
 
 def same_rows(rows, others, tolerance=1e-4):
@@ -212,7 +214,7 @@ def test_a_fault_shows(fault, name, jobs, world, folder):
 # ---------------------------------------------------------------------------------------------------------- stop and go on
 
 def state_bytes(out):
-    return runs.states(out)[0].read_bytes()
+    return run_folder.states(out)[0].read_bytes()
 
 
 @pytest.mark.parametrize("name, processes", [("sft", 2), ("ppo", 2), ("ranking", 3)])
@@ -269,8 +271,8 @@ def test_a_step_that_is_not_finite_is_not_taken(jobs, world, folder):
     rows = rows_of(flags["out"])
     assert [row["skipped"] for row in rows if "skipped" in row] == [0, 1, 2, 2, 3, 4] and rows[2]["loss"] is None and rows[4]["loss"] > 0
     assert sorted(path.name for path in flags["out"].glob("nonfinite-*")) == ["nonfinite-000001.safetensors", "nonfinite-000004.safetensors"]
-    model = heads.Policy(checkpoint.load_trunk(world / "policy")[0])
-    found, _, about = runs.reproduce(flags["out"] / "nonfinite-000001.safetensors", model)
+    model = heads.Policy(hub.load_trunk(world / "policy")[0])
+    found, _, about = nonfinite.reproduce(flags["out"] / "nonfinite-000001.safetensors", model)
     assert len(found) == 8 and about["step"] == 1 and about["flags"]["groups"] == 8 and all(row.responses for row in found)
 
 
@@ -284,8 +286,8 @@ def test_all_processes_leave_a_step_out_together(jobs, world, folder):
     wrong = {**flags, "steps": 3, "out": folder / "nan-three"}
     jobs.well(script, wrong, fault="nan_loss", processes=2)
     assert difference(again, wrong["out"])[0] == 0                       # steps 1 and 2 changed nothing
-    kept = load_file(runs.states(wrong["out"])[0])
-    assert all(torch.equal(value, kept[name]) for name, value in load_file(runs.states(again)[0]).items() if name.startswith("exp_avg"))
+    kept = load_file(run_folder.states(wrong["out"])[0])
+    assert all(torch.equal(value, kept[name]) for name, value in load_file(run_folder.states(again)[0]).items() if name.startswith("exp_avg"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -298,9 +300,9 @@ def test_ppo_leaves_minibatches_out(processes, jobs, world, folder):
     assert first["skipped"] == 2 and first["updates"] == 2 and first["policy_loss"] is not None
     path, other = sorted(flags["out"].glob("nonfinite-*"))               # where each row of them began: rollout 0 and rollout 1
     assert (path.name, other.name) == ("nonfinite-000000.safetensors", "nonfinite-000001.safetensors")
-    rows, tensors, about = runs.reproduce(path, heads.Policy(checkpoint.load_trunk(world / "policy")[0], value_head=True))
+    rows, tensors, about = nonfinite.reproduce(path, heads.Policy(hub.load_trunk(world / "policy")[0], value_head=True))
     assert len(rows) == 4 and tensors["advantages"].shape[:2] == (4, 3) and about["script"] == "train_ppo"
-    assert [path.name for path in runs.states(flags["out"])] == ["state-000001.safetensors"]
+    assert [path.name for path in run_folder.states(flags["out"])] == ["state-000001.safetensors"]
 
 
 def test_a_reward_model_leaves_a_step_out(jobs, world, folder):
@@ -311,20 +313,20 @@ def test_a_reward_model_leaves_a_step_out(jobs, world, folder):
 
 def test_stop_is_asked_once_by_torchrun_and_twice_by_a_person(monkeypatch):
     """torchrun passes on what the terminal has sent already: two signals within a second are one. SIGTERM never hurries."""
-    kept = {name: signal.getsignal(name) for name in dist.CODES}
+    kept = {name: signal.getsignal(name) for name in signals.EXIT_CODES}
     now = [100.0]
-    monkeypatch.setattr(dist.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     try:
-        stop = dist.Stop()
-        assert stop.asked == 0
+        stop = signals.GracefulStop()
+        assert stop.signum == 0
         for at, name in ((100.0, signal.SIGTERM), (105.0, signal.SIGTERM), (110.0, signal.SIGTERM), (110.9, signal.SIGINT)):
             now[0] = at
             signal.raise_signal(name)
-        assert stop.asked == signal.SIGINT
+        assert stop.signum == signal.SIGINT
         now[0] = 112.0
-        with pytest.raises(dist.Stopped) as left:
+        with pytest.raises(signals.Preempted) as left:
             signal.raise_signal(signal.SIGINT)
-        assert left.value.code == 130 and dist.Stopped(signal.SIGTERM).code == 75
+        assert left.value.code == 130 and signals.Preempted(signal.SIGTERM).code == 75
     finally:
         for name, handler in kept.items():
             signal.signal(name, handler)
@@ -336,7 +338,7 @@ def test_sampling_is_shared(jobs, world, folder):
     written = []
     for processes in (1, 2, 3):
         out = folder / f"samples-{processes}.jsonl"
-        jobs.well("sample", dict(policy=world / "policy", data=world / "data.jsonl", k=3, max_new=6, out=out, judge=world / "reward", keep="true", device="cpu"), processes=processes)
+        jobs.well("sample", dict(policy=world / "policy", data=world / "data.jsonl", k=3, max_new_tokens=6, out=out, judge=world / "reward", include_originals="true", device="cpu"), processes=processes)
         written.append([json.loads(line) for line in out.read_text().splitlines()])
     scores = [[r.pop("scores") for line in lines for r in line["responses"]] for lines in written]
     assert written[0] == written[1] == written[2] and len(written[0]) == 27            # of 30 prompts every tenth is held out
@@ -347,13 +349,13 @@ def test_sampling_is_shared(jobs, world, folder):
 
 def test_one_process_is_world_size_one_of_the_same_path():
     x = torch.arange(3.0)
-    dist.add(x)
-    dist.share([x])
-    assert dist.world() == 1 and dist.rank() == 0 and x.tolist() == [0, 1, 2]
-    assert dist.everyone({"a": [1, 2.5, None, "\ud800"], "b": float("inf")}) == [{"a": [1, 2.5, None, "\ud800"], "b": float("inf")}]
-    assert dist.first(lambda: 0.1 + 0.2) == 0.1 + 0.2
+    dist.all_reduce(x)
+    dist.broadcast([x])
+    assert dist.world_size() == 1 and dist.rank() == 0 and x.tolist() == [0, 1, 2]
+    assert dist.all_gather_object({"a": [1, 2.5, None, "\ud800"], "b": float("inf")}) == [{"a": [1, 2.5, None, "\ud800"], "b": float("inf")}]
+    assert dist.on_rank_zero(lambda: 0.1 + 0.2) == 0.1 + 0.2
     with pytest.raises(OSError, match="full"):
-        dist.first(lambda: (_ for _ in ()).throw(OSError(28, "full")))
+        dist.on_rank_zero(lambda: (_ for _ in ()).throw(OSError(28, "full")))
 
 
 def torchrun(script, flags, processes=2, *options):
@@ -396,4 +398,4 @@ def test_the_job_file(world, folder, tmp_path):
     assert "stopped; the same command goes on from the last save" in errors, errors
     assert (tmp_path / "said").read_text() == "--signal=TERM 77\nrequeue 77\n"
     done = len(steps_of(flags["out"]))
-    assert 3 <= done < 400 and [path.name for path in runs.states(flags["out"])] == [f"state-{done:06}.safetensors"]
+    assert 3 <= done < 400 and [path.name for path in run_folder.states(flags["out"])] == [f"state-{done:06}.safetensors"]

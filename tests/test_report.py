@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from nanorlhf.config import InputError
+from nanorlhf.io.read import InputError
 from nanorlhf.study import figures, findings, report, world
 
 ARMS = ("ranking", "classification", "judge", "scores-mean", "classification-raw", "ranking-on-labels", "classification-on-places", "scores-cvar", "ranking-loose")

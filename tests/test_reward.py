@@ -5,12 +5,22 @@ import textwrap
 import pytest
 import torch
 
-from nanorlhf import batching, checkpoint, tokenizer
-from nanorlhf.config import InputError
+from nanorlhf import batching, metrics
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.heads import Scorer
+from nanorlhf.heads import RewardModel
+from nanorlhf.io import hub, tokenizer
+from nanorlhf.io.read import InputError
 from nanorlhf.llama import Llama, LlamaConfig
-from nanorlhf.reward import STD_FLOOR, FunctionReward, RewardModel, canonical, is_function, lowest, statistic, statistics
+from nanorlhf.reward import (
+    STD_FLOOR,
+    FunctionReward,
+    TextReward,
+    all_statistics,
+    cvar_count,
+    is_function,
+    parse_statistic,
+    reduce_quantiles,
+)
 
 PROMPTS = ["the king said", "a fox and a crow met in the wood and spoke:", "who?"]
 RESPONSES = [[" what is this", " glad", ""], [" a", " the queen met the king in the wood", " é 😀"], [" b", " b", " b c"]]
@@ -29,11 +39,11 @@ def reward_model(family, outputs=1, context=96, **more):
         tok = tokenizer.train_sentencepiece(texts * 2, 300)
         trunk = Llama(LlamaConfig(vocab_size=tok.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
                                   num_key_value_heads=2, max_position_embeddings=context))
-    model = Scorer(trunk, outputs)
+    model = RewardModel(trunk, outputs)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     model.trunk.lm_head = None
-    return RewardModel(model.double(), tok, **more)
+    return TextReward(model.double(), tok, **more)
 
 
 def seen_rows(model, *texts):
@@ -53,7 +63,7 @@ def seen_rows(model, *texts):
 @pytest.mark.parametrize("outputs, name", [(1, "mean"), (4, "mean"), (4, "q0"), (4, "cvar:0.5")])
 def test_a_batch_equals_its_texts_alone(family, outputs, name):
     model = reward_model(family, outputs)
-    model.use(name)
+    model.select(name)
     together = model.score_texts(PROMPTS, RESPONSES, ENDED)
     assert together.shape == (3, 3) and together.std() > 0.02
     for b, prompt in enumerate(PROMPTS):
@@ -93,10 +103,10 @@ def test_prompts_that_are_too_long_lose_their_beginning(family):
     tok, long = model.tokenizer, "the wood " * 12 + "the king said"
     prompts, texts, ends = [long, "who?"], [[" glad", " a"], [" b", " b"]], [[True, True], [False, False]]
     rows = seen_rows(model, prompts, texts, ends)                           # one row a response now
-    assert model.cut == 2 and len(rows) == 4                                # both responses of the first prompt; the second prompt fits
+    assert model.num_truncated == 2 and len(rows) == 4                                # both responses of the first prompt; the second prompt fits
     whole, start = tok.encode_prompt(long), [tok.bos_id] if family == "llama" else []
     for row in rows[:2]:
-        assert row.columns == 24                                            # the response fits whole, nothing is wasted
+        assert row.num_tokens == 24                                            # the response fits whole, nothing is wasted
         assert row.prompt == start + whole[len(whole) - len(row.prompt) + len(start):]
     assert [tok.decode(ids) for row in rows for ids in row.responses] == [" glad", " a", " b", " b"]
     # a score does not depend on its siblings: how much of the prompt is lost follows from the response alone
@@ -111,19 +121,19 @@ def test_prompts_that_are_too_long_lose_their_beginning(family):
 
 @pytest.mark.parametrize("outputs, reward_map", [(1, "identity"), (1, "tanh_half"), (4, "identity")])
 def test_normalisation_is_applied_once(outputs, reward_map, tmp_path):
-    model = reward_model("gpt2", outputs, reward_map=reward_map)
+    model = reward_model("gpt2", outputs, transform=reward_map)
     raw = model.score_texts(PROMPTS, RESPONSES, ENDED)                      # before the fit: as it is
     assert torch.equal(raw, model.score_texts(PROMPTS, RESPONSES, ENDED, normalised=False))
     rows = seen_rows(model, PROMPTS, RESPONSES, ENDED)
-    spread = model.fit(model.outputs(rows).flatten(0, 1))
+    spread = model.fit_normalisation(model.outputs(rows).flatten(0, 1))
     assert spread == pytest.approx(raw.double().std(unbiased=False).item(), rel=1e-5) and model.mean == pytest.approx(raw.mean().item(), rel=1e-5)
-    assert set(model.moments) == set(statistics(outputs))
-    checkpoint.save_reward_model(tmp_path, model)
-    loaded = checkpoint.load_reward_model(tmp_path)
+    assert set(model.norm_stats) == set(all_statistics(outputs))
+    hub.save_reward_model(tmp_path, model)
+    loaded = hub.load_reward_model(tmp_path)
     loaded.model.double()
-    for name in statistics(outputs):
+    for name in all_statistics(outputs):
         for found in (model, loaded):                                       # every statistic by a normalisation of its own, also after a save
-            found.use(name)
+            found.select(name)
             scores = found.score_texts(PROMPTS, RESPONSES, ENDED)
             plain = found.score_texts(PROMPTS, RESPONSES, ENDED, normalised=False)
             assert scores.mean().item() == pytest.approx(0, abs=1e-4) and torch.equal(scores, found.normalise(plain))
@@ -138,7 +148,7 @@ def test_a_model_at_chance_is_not_blown_up():
     # raw outputs 1 +- 1e-3: divided by their own deviation, noise would become rewards of order 1
     model = reward_model("gpt2")
     outputs = torch.tensor([[1.001], [0.999]], dtype=torch.float64)
-    assert model.fit(outputs) == pytest.approx(1e-3)
+    assert model.fit_normalisation(outputs) == pytest.approx(1e-3)
     assert model.mean == pytest.approx(1) and model.std == STD_FLOOR
     assert model.normalise(outputs).abs().max() == pytest.approx(1e-2)
 
@@ -146,24 +156,24 @@ def test_a_model_at_chance_is_not_blown_up():
 # -------------------------------------------------------------------------------------------------------- statistics
 
 def test_statistics_list_every_statistic():
-    assert statistics(1) == ["mean"]
-    assert statistics(2) == ["mean", "q0", "q1", "cvar:0.5", "cvar:1"]
+    assert all_statistics(1) == ["mean"]
+    assert all_statistics(2) == ["mean", "q0", "q1", "cvar:0.5", "cvar:1"]
     for n in (2, 3, 7, 10):
-        assert len(set(statistics(n))) == 1 + 2 * n and all(canonical(name, n) == name for name in statistics(n))
+        assert len(set(all_statistics(n))) == 1 + 2 * n and all(parse_statistic(name, n) == name for name in all_statistics(n))
         for share in ("0.01", ".1", "0.3", "0.33333", "0.7", "0.999", "1"):
-            assert canonical(f"cvar:{share}", n) in statistics(n)           # so each that is asked for has been fitted
-    assert [lowest(share, 10) for share in (0.01, 0.1, 0.11, 0.3, 0.7, 1)] == [1, 1, 2, 3, 7, 10]
+            assert parse_statistic(f"cvar:{share}", n) in all_statistics(n)           # so each that is asked for has been fitted
+    assert [cvar_count(share, 10) for share in (0.01, 0.1, 0.11, 0.3, 0.7, 1)] == [1, 1, 2, 3, 7, 10]
 
 
 def test_use_reads_the_sorted_outputs():
     model = reward_model("gpt2", 4)
     outputs = torch.tensor([3.0, 1.0, 2.0, 6.0])
     for name, value in (("mean", 3.0), ("q0", 1.0), ("q3", 6.0), ("cvar:0.5", 1.5), ("cvar:0.6", 2.0), ("cvar:1", 3.0)):
-        model.use(name)
-        assert model.raw(outputs) == statistic(outputs, model.statistic) == value
+        model.select(name)
+        assert model.raw(outputs) == reduce_quantiles(outputs, model.statistic) == value
     for name in ("q4", "q-1", "cvar:0", "cvar:1.1", "cvar:nan", "best", "", "q1 "):
         with pytest.raises(InputError, match="--statistic"):
-            model.use(name)
+            model.select(name)
     assert model.statistic == "cvar:1"                                      # a refusal changes nothing
 
 
@@ -230,10 +240,9 @@ def test_what_is_a_function():
 
 def test_at_chance_by_hand():
     # 100 throws of a coin: the share of heads deviates by sqrt(.25 / 100) = .05, so .40 to .60 is a coin's within 1.96 of them (.402, .598)
-    import train_rm
-    assert train_rm.at_chance(0.59, 100) and train_rm.at_chance(0.41, 100) and train_rm.at_chance(0.5, 0)
-    assert not train_rm.at_chance(0.61, 100) and not train_rm.at_chance(0.39, 100)
-    assert not train_rm.at_chance(0.59, 1000)                               # the same share of more pairs is no coin's
+    assert metrics.at_chance(0.59, 100) and metrics.at_chance(0.41, 100) and metrics.at_chance(0.5, 0)
+    assert not metrics.at_chance(0.61, 100) and not metrics.at_chance(0.39, 100)
+    assert not metrics.at_chance(0.59, 1000)                               # the same share of more pairs is no coin's
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -247,6 +256,6 @@ def test_a_new_head_starts_small_whatever_the_size_of_the_hidden_states(family):
         batch = batching.pack_rows([batching.Row([5, 6, 7], [[8, 9], [10]])])
         found = []
         for _ in range(300):
-            model.draw_head()
+            model.init_head()
             found.append(model(batch)[0, 0, 0].item())
         assert torch.tensor(found).std().item() == pytest.approx(0.2, rel=0.2)      # 300 draws: within 5 standard errors of .2 / sqrt(600)

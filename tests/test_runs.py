@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-import train_sft
-from nanorlhf import files, optim, runs
-from nanorlhf.batching import pack_rows
-from nanorlhf.config import InputError
-from nanorlhf.heads import Policy
 from test_checkpoint import FAMILIES, a_row, our_trunk
 from test_models import tiny_tokenizer
+
+import train_sft
+from nanorlhf.batching import pack_rows
+from nanorlhf.heads import Policy
+from nanorlhf.io import files
+from nanorlhf.io.read import InputError
+from nanorlhf.run import nonfinite, optim, run_folder
 
 
 def step(model, optimizer, batch):
@@ -32,7 +33,7 @@ FRESH = {"step": 0, "skipped": 0, "in_a_row": 0}
 
 
 def save(out, model, optimizer, step, **numbers):
-    runs.save(config(out), "train_sft", model, optimizer, step, lambda: None, **{"skipped": 0, "in_a_row": 0, **numbers})
+    run_folder.save(config(out), "train_sft", model, optimizer, step, lambda: None, **{"skipped": 0, "in_a_row": 0, **numbers})
 
 
 def fresh(family, dtype=torch.float32):
@@ -54,7 +55,7 @@ def test_state_resumes_bit_for_bit(family, dtype, tmp_path):
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(3)
-    numbers = runs.load(config(tmp_path), other, other_optimizer, {**FRESH, "kl_coef": 1.0})
+    numbers = run_folder.load(config(tmp_path), other, other_optimizer, {**FRESH, "kl_coef": 1.0})
     assert numbers["step"] == 2 and numbers["kl_coef"] == 0.05
     for _ in range(2):                               # moments, bias correction and weights: all must be back for the steps to agree
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -70,7 +71,7 @@ def test_state_keeps_the_number_of_threads(tmp_path):
         torch.set_num_threads(before + 1)
         save(tmp_path, model, optimizer, 0)
         torch.set_num_threads(before)
-        runs.load(config(tmp_path), model, optimizer, FRESH)
+        run_folder.load(config(tmp_path), model, optimizer, FRESH)
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -132,7 +133,7 @@ def test_a_damaged_state_ends_in_one_line(case, listed, tmp_path):
         (tmp_path / "SHA256SUMS").unlink()
     STATE_DAMAGE[case](path, load_file(path), metadata)
     with pytest.raises(InputError, match="SHA-256" if listed and case != "gone" else None) as caught:
-        runs.load(config(tmp_path), model, optimizer, FRESH)
+        run_folder.load(config(tmp_path), model, optimizer, FRESH)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -145,7 +146,7 @@ def flip(path):
 
 
 def names(out):
-    return [path.name for path in runs.states(out)]
+    return [path.name for path in run_folder.states(out)]
 
 
 def state(step):
@@ -156,8 +157,8 @@ def test_the_newest_states_are_kept(tmp_path):
     model, optimizer, _ = fresh("gpt2")
     for number in range(1, 6):
         save(tmp_path, model, optimizer, number)
-        kept = [state(n) for n in range(number, max(number - runs.KEEP, 0), -1)]
-        assert names(tmp_path) == kept and files.sums(tmp_path).keys() == set(kept) and not files.halves(tmp_path)
+        kept = [state(n) for n in range(number, max(number - run_folder.KEEP, 0), -1)]
+        assert names(tmp_path) == kept and files.read_checksums(tmp_path).keys() == set(kept) and not files.partial_files(tmp_path)
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
@@ -167,12 +168,12 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
     step(model, optimizer, batch)
     save(tmp_path, model, optimizer, 4)
     flip(tmp_path / state(4))
-    assert runs.load(config(tmp_path), model, optimizer, FRESH)["step"] == 2
+    assert run_folder.load(config(tmp_path), model, optimizer, FRESH)["step"] == 2
     said = capsys.readouterr().out
     assert f"{state(4)} is damaged" in said and f"going on from {state(2)}" in said and "resuming at step 2" in said
     assert all(map(torch.equal, before, model.parameters())) and not optimizer.state       # nothing of the state that could not be used
     save(tmp_path, model, optimizer, 3)              # what is later than the run is gone
-    assert names(tmp_path) == [state(3), state(2)] and files.sums(tmp_path).keys() == {state(3), state(2)}
+    assert names(tmp_path) == [state(3), state(2)] and files.read_checksums(tmp_path).keys() == {state(3), state(2)}
 
 
 def test_all_states_damaged_are_all_named(tmp_path):
@@ -181,7 +182,7 @@ def test_all_states_damaged_are_all_named(tmp_path):
         save(tmp_path, model, optimizer, number)
         flip(tmp_path / state(number))
     with pytest.raises(InputError, match=f"{state(2)}.*{state(1)}.*remove the folder to start again"):
-        runs.load(config(tmp_path), model, optimizer, FRESH)
+        run_folder.load(config(tmp_path), model, optimizer, FRESH)
 
 
 def test_an_ended_run_writes_a_damaged_model_again(tmp_path, capsys):
@@ -191,7 +192,7 @@ def test_an_ended_run_writes_a_damaged_model_again(tmp_path, capsys):
     files.replace_all(tmp_path / "model", {"config.json": b"{}", "model.safetensors": b"weights"})
     for number in (2, 4):
         save(tmp_path, model, optimizer, number)
-    ended = lambda steps: runs.load(config(tmp_path, steps=steps), model, optimizer, FRESH)["step"]
+    ended = lambda steps: run_folder.load(config(tmp_path, steps=steps), model, optimizer, FRESH)["step"]
     assert ended(4) == 4 and "warning" not in capsys.readouterr().out
     for damage, says in ((lambda path: flip(path), "model.safetensors is damaged"), (lambda path: path.unlink(), "model.safetensors is gone"),
                          (lambda path: flip(path.with_name(files.SUMS)), ""), (lambda path: path.with_name(files.SUMS).write_text("abc"), "SHA256SUMS is gone or cut")):
@@ -210,8 +211,8 @@ def test_an_ended_run_writes_a_damaged_model_again(tmp_path, capsys):
 def started(out, **flags):
     """A run with a state."""
     model, optimizer, _ = fresh("gpt2")
-    runs.begin(config(out, **flags), "train_sft", "nowhere")
-    runs.save(config(out, **flags), "train_sft", model, optimizer, 3, lambda: None, skipped=0, in_a_row=0)
+    run_folder.write_config(config(out, **flags), "train_sft", "nowhere")
+    run_folder.save(config(out, **flags), "train_sft", model, optimizer, 3, lambda: None, skipped=0, in_a_row=0)
     return model, optimizer
 
 
@@ -220,16 +221,16 @@ def started(out, **flags):
 def test_flags_without_config_json_are_those_of_a_state(damage, tmp_path, capsys):
     started(tmp_path, lr=1e-3)
     damage(tmp_path / "config.json")
-    assert runs.resumable(config(tmp_path, lr=1e-3), "train_sft") is True
+    assert run_folder.resumable(config(tmp_path, lr=1e-3), "train_sft") is True
     said = capsys.readouterr().out
     assert "config.json" in said and f"the flags are read from {state(3)}" in said
     with pytest.raises(InputError, match="--lr 0.001 is now 0.002"):
-        runs.resumable(config(tmp_path, lr=2e-3), "train_sft")
+        run_folder.resumable(config(tmp_path, lr=2e-3), "train_sft")
     with pytest.raises(InputError, match="a run of train_sft, not of train_rm"):
-        runs.resumable(config(tmp_path, lr=1e-3), "train_rm")
-    runs.begin(config(tmp_path, lr=1e-3), "train_sft", "nowhere")      # whole again
+        run_folder.resumable(config(tmp_path, lr=1e-3), "train_rm")
+    run_folder.write_config(config(tmp_path, lr=1e-3), "train_sft", "nowhere")      # whole again
     assert json.loads((tmp_path / "config.json").read_text())["flags"] == dataclasses.asdict(config(tmp_path, lr=1e-3))
-    assert files.damage(tmp_path / "config.json") is None
+    assert files.file_damage(tmp_path / "config.json") is None
 
 
 def test_flags_are_not_read_from_a_damaged_state(tmp_path):
@@ -237,14 +238,14 @@ def test_flags_are_not_read_from_a_damaged_state(tmp_path):
     flip(tmp_path / "config.json")
     flip(tmp_path / state(3))
     with pytest.raises(InputError, match="config.json is damaged.*no state is whole; remove the folder to start again"):
-        runs.resumable(config(tmp_path), "train_sft")
+        run_folder.resumable(config(tmp_path), "train_sft")
 
 
 def test_a_moved_run_goes_on(tmp_path):
     model, optimizer = started(tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
-    assert runs.resumable(config(tmp_path / "there"), "train_sft") and runs.load(config(tmp_path / "there"), model, optimizer, FRESH)["step"] == 3
-    runs.begin(config(tmp_path / "there"), "train_sft", "nowhere")
+    assert run_folder.resumable(config(tmp_path / "there"), "train_sft") and run_folder.load(config(tmp_path / "there"), model, optimizer, FRESH)["step"] == 3
+    run_folder.write_config(config(tmp_path / "there"), "train_sft", "nowhere")
     assert json.loads((tmp_path / "there" / "config.json").read_text())["flags"]["out"] == str(tmp_path / "there")
 
 
@@ -254,19 +255,19 @@ def test_a_state_too_many_goes_at_the_next_start(tmp_path):
     for number in (1, 2, 3):
         save(tmp_path, model, optimizer, number)
     (tmp_path / state(1)).write_bytes(b"left")
-    assert runs.load(config(tmp_path), model, optimizer, FRESH)["step"] == 3
+    assert run_folder.load(config(tmp_path), model, optimizer, FRESH)["step"] == 3
     assert names(tmp_path) == [state(3), state(2)]
 
 
 def test_a_run_killed_in_its_first_write_starts_again(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json.tmp").write_text('{"script": "tra')            # killed before the rename: nothing of anybody's is there
-    assert runs.resumable(config(tmp_path / "run"), "train_sft") is False
+    assert run_folder.resumable(config(tmp_path / "run"), "train_sft") is False
     (tmp_path / "run" / files.SUMS).write_text(f"{'0' * 64}  config.json\n")        # which is renamed first
-    assert runs.resumable(config(tmp_path / "run"), "train_sft") is False
+    assert run_folder.resumable(config(tmp_path / "run"), "train_sft") is False
     (tmp_path / "run" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="not a run of ours"):
-        runs.resumable(config(tmp_path / "run"), "train_sft")
+        run_folder.resumable(config(tmp_path / "run"), "train_sft")
 
 
 # ------------------------------------------------------------------------------------------------- steps that are not finite
@@ -281,7 +282,7 @@ def tried(finite, model, rows, slope, number):
     """A step up to the question whether it may be taken.  -> (the answer, loss)"""
     loss = loss_of(model, rows, {"slope": slope})
     loss.backward()
-    return finite(number, rows, [[list(range(len(rows)))]], [[loss.item()]], [optim.gradient_norm(model).item()], slope=slope), loss.item()
+    return finite.all_finite(number, rows, [[list(range(len(rows)))]], [[loss.item()]], [optim.gradient_norm(model).item()], slope=slope), loss.item()
 
 
 def learner(tmp_path, family="gpt2", **counts):
@@ -290,7 +291,7 @@ def learner(tmp_path, family="gpt2", **counts):
     with torch.no_grad():
         model.trunk.ln_f.bias.fill_(0.25)
     rows = [dataclasses.replace(a_row(tok), index=i, place=[1.0, 0.0], label=[0, None]) for i in (7, 3)]
-    return model, rows, runs.Finite(config(tmp_path), "train_sft", model, **counts)
+    return model, rows, nonfinite.NonFiniteGuard(config(tmp_path), "train_sft", model, **counts)
 
 
 GOOD, BAD = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])          # the root of a negative number is NaN
@@ -308,13 +309,13 @@ def test_a_step_that_is_not_finite_is_reproduced_from_its_report(slope, says, tm
     assert all(parameter.grad is None for parameter in model.parameters())                 # nothing of it is left for the next step
     path = tmp_path / "nonfinite-000005.safetensors"
     said = capsys.readouterr().out
-    assert f"step 5: not finite, {says}" in said and str(path) in said and files.damage(path) is None and path.name in files.sums(tmp_path)
+    assert f"step 5: not finite, {says}" in said and str(path) in said and files.file_damage(path) is None and path.name in files.read_checksums(tmp_path)
 
     other, _, _ = learner(tmp_path)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1)
-    found, tensors, about = runs.reproduce(path, other)
+    found, tensors, about = nonfinite.reproduce(path, other)
     assert found == rows and torch.equal(tensors["slope"], slope) and about["step"] == 5 and says in about["message"]
     assert about["flags"] == dataclasses.asdict(config(tmp_path)) and all(map(torch.equal, model.parameters(), other.parameters()))
     again = loss_of(other, found, tensors)
@@ -328,17 +329,17 @@ def test_a_broken_weight_is_reproduced_too(tmp_path):
         model.trunk.h[1].ln_1.weight[3] = float("inf")
     assert not tried(finite, model, rows, GOOD, 1)[0]
     other, _, _ = learner(tmp_path)
-    found, tensors, _ = runs.reproduce(tmp_path / "nonfinite-000001.safetensors", other)
+    found, tensors, _ = nonfinite.reproduce(tmp_path / "nonfinite-000001.safetensors", other)
     assert other.trunk.h[1].ln_1.weight[3] == float("inf") and not loss_of(other, found, tensors).isfinite()
 
 
 def test_patience_ends(tmp_path):
     model, rows, finite = learner(tmp_path)
-    assert [tried(finite, model, rows, slope, n)[0] for n, slope in enumerate([BAD] * (runs.PATIENCE - 1) + [GOOD])] == [False] * (runs.PATIENCE - 1) + [True]
-    assert finite.numbers() == {"skipped": runs.PATIENCE - 1, "in_a_row": 0}               # in a row, not in all
-    for n in range(10, 9 + runs.PATIENCE):
+    assert [tried(finite, model, rows, slope, n)[0] for n, slope in enumerate([BAD] * (nonfinite.MAX_SKIPS_IN_A_ROW - 1) + [GOOD])] == [False] * (nonfinite.MAX_SKIPS_IN_A_ROW - 1) + [True]
+    assert finite.numbers() == {"skipped": nonfinite.MAX_SKIPS_IN_A_ROW - 1, "in_a_row": 0}               # in a row, not in all
+    for n in range(10, 9 + nonfinite.MAX_SKIPS_IN_A_ROW):
         tried(finite, model, rows, BAD, n)
-    with pytest.raises(FloatingPointError, match=rf"{runs.PATIENCE} steps in a row .* began at step 10: not finite, .*nonfinite-000010"):
+    with pytest.raises(FloatingPointError, match=rf"{nonfinite.MAX_SKIPS_IN_A_ROW} steps in a row .* began at step 10: not finite, .*nonfinite-000010"):
         tried(finite, model, rows, BAD, 20)
     assert sorted(path.name for path in tmp_path.glob("nonfinite-*")) == ["nonfinite-000000.safetensors", "nonfinite-000010.safetensors"]      # the first of each row
 
@@ -346,22 +347,22 @@ def test_patience_ends(tmp_path):
 def test_patience_goes_on_where_the_run_does(tmp_path):
     """A state between two steps that are not finite keeps the counts."""
     model, rows, finite = learner(tmp_path)
-    for n in range(runs.PATIENCE - 1):
+    for n in range(nonfinite.MAX_SKIPS_IN_A_ROW - 1):
         tried(finite, model, rows, BAD, n)
     optimizer = optim.adamw(model, 1e-2)
-    save(tmp_path, model, optimizer, runs.PATIENCE - 1, **finite.numbers())
-    numbers = runs.load(config(tmp_path), model, optimizer, FRESH)
-    again = runs.Finite(config(tmp_path), "train_sft", model, numbers["skipped"], numbers["in_a_row"])
+    save(tmp_path, model, optimizer, nonfinite.MAX_SKIPS_IN_A_ROW - 1, **finite.numbers())
+    numbers = run_folder.load(config(tmp_path), model, optimizer, FRESH)
+    again = nonfinite.NonFiniteGuard(config(tmp_path), "train_sft", model, numbers["skipped"], numbers["in_a_row"])
     with pytest.raises(FloatingPointError, match="began at a step before this start"):
-        tried(again, model, rows, BAD, runs.PATIENCE - 1)
+        tried(again, model, rows, BAD, nonfinite.MAX_SKIPS_IN_A_ROW - 1)
 
 
 def test_so_many_reports(tmp_path):
     model, rows, finite = learner(tmp_path)
-    for n in range(2 * (runs.REPORTS + 2)):
+    for n in range(2 * (nonfinite.MAX_REPORTS + 2)):
         tried(finite, model, rows, (BAD, GOOD)[n % 2], n)
-    assert sorted(path.name for path in tmp_path.glob("nonfinite-*")) == [f"nonfinite-{2 * n:06}.safetensors" for n in range(runs.REPORTS)]
-    assert finite.skipped == runs.REPORTS + 2
+    assert sorted(path.name for path in tmp_path.glob("nonfinite-*")) == [f"nonfinite-{2 * n:06}.safetensors" for n in range(nonfinite.MAX_REPORTS)]
+    assert finite.skipped == nonfinite.MAX_REPORTS + 2
 
 
 def test_a_damaged_state_is_not_believed_after_a_kill(tmp_path, monkeypatch):
@@ -377,14 +378,14 @@ def test_a_damaged_state_is_not_believed_after_a_kill(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         save(tmp_path, model, optimizer, 30)
     monkeypatch.undo()
-    assert runs.load(config(tmp_path), model, optimizer, FRESH)["step"] == 30
+    assert run_folder.load(config(tmp_path), model, optimizer, FRESH)["step"] == 30
 
 
 def test_the_state_that_was_loaded_stays(tmp_path):
     """Three states, killed before the oldest went, and the two newer ones are damaged."""
     model, optimizer, _ = fresh("gpt2")
     started(tmp_path)
-    for path in runs.states(tmp_path):
+    for path in run_folder.states(tmp_path):
         path.unlink()
     for step_ in (1, 2):
         save(tmp_path, model, optimizer, step_)
@@ -395,13 +396,13 @@ def test_the_state_that_was_loaded_stays(tmp_path):
     for n in (2, 3):
         flip(tmp_path / state(n))
     for _ in range(2):
-        assert runs.load(config(tmp_path), model, optimizer, FRESH)["step"] == 1
-        runs.begin(config(tmp_path), "train_sft", "nowhere")
+        assert run_folder.load(config(tmp_path), model, optimizer, FRESH)["step"] == 1
+        run_folder.write_config(config(tmp_path), "train_sft", "nowhere")
 
 
 def test_a_run_whose_states_are_gone_is_not_begun_anew(tmp_path):
     started(tmp_path)
-    for path in runs.states(tmp_path):
+    for path in run_folder.states(tmp_path):
         path.unlink()
     with pytest.raises(InputError, match="its states are gone"):
-        runs.resumable(config(tmp_path), "train_sft")
+        run_folder.resumable(config(tmp_path), "train_sft")

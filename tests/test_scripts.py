@@ -24,10 +24,14 @@ sys.path.insert(0, str(ROOT))
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, config, data, dist, generate, gpt2, llama, runs, sample, tokenizer
+from nanorlhf import gpt2, llama, sample
+from nanorlhf.batching import Stream
+from nanorlhf.generate import Sampling, generate
 from nanorlhf.heads import Policy
-from nanorlhf.log import Log
+from nanorlhf.io import data, hub, tokenizer
 from nanorlhf.reward import FunctionReward
+from nanorlhf.run import cli, dist, run_folder
+from nanorlhf.run.log import Log
 
 ANSWERS = ((" it was glad", 0, 1, [0.9, 0.7]), (" it was calm", 1, 0, [0.1, 0.2]), (" it was sad", 2, 0, [-0.8, -0.6]))   # text, place, label, scores
 PROMPTS = [f"the {who} saw the {what}:" for who in ("fox", "king", "queen", "bear", "crow", "wolf") for what in ("wood", "house", "river", "tower")]
@@ -76,9 +80,9 @@ def world(tmp_path_factory):
     texts = [prompt + text for prompt in PROMPTS for text, *_ in ANSWERS]
     torch.manual_seed(0)
     tok = tokenizer.train_bpe(texts, 300)
-    checkpoint.save_policy(folder / "gpt2", Policy(gpt2.GPT2(gpt2.GPT2Config(vocab_size=tok.vocab_size, n_positions=48, n_embd=32, n_layer=1, n_head=2))), tok)
+    hub.save_policy(folder / "gpt2", Policy(gpt2.GPT2(gpt2.GPT2Config(vocab_size=tok.vocab_size, n_positions=48, n_embd=32, n_layer=1, n_head=2))), tok)
     tok = tokenizer.train_sentencepiece(texts, 300)
-    checkpoint.save_policy(folder / "llama", Policy(llama.Llama(llama.LlamaConfig(
+    hub.save_policy(folder / "llama", Policy(llama.Llama(llama.LlamaConfig(
         vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=64))), tok)
     for kind in ("place", "label", "scores", ""):
@@ -106,7 +110,7 @@ def words(flags):
 
 def start(script, **flags):
     """Runs a script in this process.  -> its run folder"""
-    script.main(config.parse(script.Config, words(flags)))
+    script.main(cli.parse(script.Config, words(flags)))
     return Path(flags.get("out", ""))
 
 
@@ -117,7 +121,7 @@ def metrics(out, name="lr"):
 
 SFT = dict(steps=120, groups=8, lr=5e-3, warmup=0, device="cpu", eval_every=60, save_every=60)
 RM = dict(steps=30, groups=8, lr=3e-3, warmup=0, device="cpu", eval_every=15, save_every=30)
-PPO = dict(steps=2, groups=4, k=2, max_new=12, minibatches=2, epochs=2, lr=1e-3, device="cpu", eval_every=2, save_every=2)
+PPO = dict(steps=2, groups=4, k=2, max_new_tokens=12, minibatches=2, epochs=2, lr=1e-3, device="cpu", eval_every=2, save_every=2)
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +133,7 @@ def sft(world):
 @pytest.fixture(scope="session")
 def sampled(world, sft):
     """What the GPT-2 policy says, judged by a function, beside the data's own answers."""
-    sample.main(config.parse(sample.Config, words(dict(policy=sft["gpt2"], data=world / "none.jsonl", out=world / "sampled.jsonl", k=3, max_new=12, keep=True,
+    sample.main(cli.parse(sample.Config, words(dict(policy=sft["gpt2"], data=world / "none.jsonl", out=world / "sampled.jsonl", k=3, max_new_tokens=12, include_originals=True,
                                                        judge=f"{world / 'reward.py'}:glad", device="cpu"))))
     return world / "sampled.jsonl"
 
@@ -149,10 +153,11 @@ def test_sft_learns(family, sft, world):
     assert [row["step"] for row in rows] == list(range(120)) and [row["step"] for row in held] == [-1, 59, 119]
     assert all({"tokens", "loss", "grad_norm", "padding", *MEASURED} <= row.keys() for row in rows)
     assert rows[0]["loss"] > 5 and rows[-1]["loss"] < 1 and held[-1]["eval_loss"] < held[0]["eval_loss"] / 4     # ln 300 = 5.7 at first
-    policy = checkpoint.load_policy(sft[family])
+    policy = hub.load_policy(sft[family])
     assert policy.trunk.family == family
     row = policy.tokenizer.encode_prompt(PROMPTS[0])
-    (ids,), = generate.sample(policy.trunk, [row], [0], 1, 12, policy.tokenizer.eos_id, 0, 0, 0, temperature=0)
+    sampling = Sampling(1, 12, policy.tokenizer.eos_id, 0, Stream.SAMPLE, temperature=0)
+    (ids,), = generate(policy.trunk, [row], [0], sampling, 0)
     assert ids[-1] == policy.tokenizer.eos_id and policy.tokenizer.decode(ids[:-1]) in [text for text, *_ in ANSWERS]
     # tokens: columns that are not padding, of the groups of this step
     tok = policy.tokenizer
@@ -176,7 +181,7 @@ def test_sampled_groups(sampled, sft):
 
 
 def test_sample_shows_two_policies(sft, capsys):
-    sample.main(config.parse(sample.Config, words(dict(policy=sft["gpt2"], other=sft["llama"], prompt=PROMPTS[0], k=2, max_new=12, temperature=0))))
+    sample.main(cli.parse(sample.Config, words(dict(policy=sft["gpt2"], compare_with=sft["llama"], prompt=PROMPTS[0], k=2, max_new_tokens=12, temperature=0))))
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and printed[0] == f"{sft['gpt2']}:" and printed[3] == f"{sft['llama']}:"
     assert printed[1] == printed[2] and printed[4] == printed[5]              # temperature 0 says the same each time
@@ -195,9 +200,9 @@ def test_reward_model_learns(loss, target, pairs, sampled, world, tmp_path):
     assert all({"tokens", "lr", "grad_norm", "padding", *MEASURED} <= row.keys() for row in rows)
     assert {"eval_loss", "eval_accuracy", "eval_auc"} <= held[-1].keys() and held[-1]["eval_accuracy"] > 0.7
     assert ("eval_crossing" in held[-1]) == (loss == "quantile")
-    model = checkpoint.load_reward_model(out)
+    model = hub.load_reward_model(out)
     assert model.model.score.out_features == (10 if loss == "quantile" else 1)
-    assert model.map == ("tanh_half" if loss == "classification" else "identity")
+    assert model.transform == ("tanh_half" if loss == "classification" else "identity")
     texts = [text for text, *_ in ANSWERS]
     scores = model.score_texts(PROMPTS, [texts] * len(PROMPTS), [[True] * 3] * len(PROMPTS))
     assert scores[:, 0].mean() > scores[:, 2].mean() + 0.5                 # glad over sad, in deviations
@@ -218,9 +223,9 @@ def test_any_loss_on_any_labels(loss, target, kind, world, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------------------------ PPO
 
-MEASURED = ("seconds", "tokens_per_second", "share", "memory_gb")                        # what differs from run to run
-PPO_NAMES = {"step", "seconds", "tokens", "score", "score_normalised", "reward", "kl", "kl_k3", "kl_rollout", "entropy", "ratio_first", "clip_fraction",
-             "value_clip_fraction", "value_explained", "response_length", "eos_rate", "distinct", "lr", "grad_norm", "kl_coef", "tokens_per_second"}
+MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_gb")                        # what differs from run to run
+PPO_NAMES = {"step", "seconds", "tokens", "score", "score_normalised", "reward", "kl", "kl_k3", "approx_kl", "entropy", "ratio_first", "clip_fraction",
+             "value_clip_fraction", "explained_variance", "response_length", "eos_rate", "distinct", "lr", "grad_norm", "kl_coef", "tokens_per_second"}
 
 
 @pytest.mark.parametrize("family, other", [("gpt2", "llama"), ("llama", "gpt2")])
@@ -231,8 +236,8 @@ def test_ppo_on_a_reward_model_of_another_family(family, other, world, sft, rewa
     assert [row["step"] for row in held] == [-1, 1] and {"eval_kl", "eval_entropy", "eval_eos_rate"} <= held[0].keys()
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and held[0]["eval_kl"] == pytest.approx(0, abs=1e-6)      # the policy is its own reference
     assert all(abs(row["ratio_first"] - 1) < 1e-4 for row in rows)
-    assert checkpoint.load_policy(out).trunk.family == family
-    model = checkpoint.load_reward_model(reward_models[other])
+    assert hub.load_policy(out).trunk.family == family
+    model = hub.load_reward_model(reward_models[other])
     assert rows[0]["score_normalised"] == pytest.approx((rows[0]["score"] - model.mean) / model.std, rel=1e-4)
 
 
@@ -258,7 +263,7 @@ def test_first_ratio_is_one(dtype, max_tokens, bound, world, sft, tmp_path):
 def test_nothing_moves_without_a_learning_rate(world, sft, tmp_path):
     out = start(train_ppo, data=world / "none.jsonl", policy=sft["gpt2"], reward=f"{world / 'reward.py'}:glad", out=tmp_path / "ppo", **{**PPO, "lr": 0, "steps": 3})
     for row in metrics(out):
-        assert abs(row["kl"]) < 1e-6 and abs(row["kl_rollout"]) < 1e-6 and row["clip_fraction"] == 0 and row["grad_norm"] > 0
+        assert abs(row["kl"]) < 1e-6 and abs(row["approx_kl"]) < 1e-6 and row["clip_fraction"] == 0 and row["grad_norm"] > 0
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (sft["gpt2"], out))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -267,7 +272,7 @@ def test_nothing_moves_without_a_learning_rate(world, sft, tmp_path):
 def test_kl_coef_follows_the_kl(target, world, sft, tmp_path):
     # beta' = beta (1 + clip(KL / target - 1, -.2, .2) n / horizon), n = 4 prompts x 2 responses
     out = start(train_ppo, data=world / "none.jsonl", policy=sft["gpt2"], reward=f"{world / 'reward.py'}:glad", out=tmp_path / "ppo",
-                **{**PPO, "steps": 4, "kl_target": target, "kl_horizon": 40})
+                **{**PPO, "steps": 4, "kl_coef_target": target, "kl_horizon": 40})
     rows = metrics(out)
     for row, after in zip(rows, rows[1:]):
         step = min(max(row["kl"] / target - 1, -0.2), 0.2)
@@ -286,11 +291,11 @@ def test_target_kl_ends_the_passes(world, sft, tmp_path):
 @pytest.mark.parametrize("detach", [True, False])
 def test_detach_value(detach, world, sft, tmp_path):
     # one token a response, one reward for all, the value still 0: every advantage is equal, whitened 0. The value's gradient is left.
-    flags = {**PPO, "max_new": 1, "kl_coef": 0, "eos_penalty": 0, "vf_coef": 1, "steps": 1, "detach_value": detach}
+    flags = {**PPO, "max_new_tokens": 1, "kl_coef": 0, "eos_penalty": 0, "vf_coef": 1, "steps": 1, "detach_value": detach}
     out = start(train_ppo, data=world / "none.jsonl", policy=sft["gpt2"], reward=f"{world / 'reward.py'}:one", out=tmp_path / "ppo", **flags)
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (sft["gpt2"], out))
     assert all(torch.equal(before[name], after[name]) for name in before) == detach
-    assert metrics(out)[-1]["grad_norm"] > 0 and load_file(runs.states(out)[0])["model.value_head.weight"].abs().max() > 0
+    assert metrics(out)[-1]["grad_norm"] > 0 and load_file(run_folder.states(out)[0])["model.value_head.weight"].abs().max() > 0
 
 
 def test_statistic(world, sft, reward_models, tmp_path, capsys):
@@ -306,31 +311,33 @@ def test_statistic(world, sft, reward_models, tmp_path, capsys):
 
 
 def a_rollout(world, sft, reward, **more):
-    settings = train_ppo.Config(data="", policy="", reward="", out="", **{**PPO, "groups": 8, "k": 4, "max_new": 5, **more})
-    policy = Policy(checkpoint.load_trunk(sft["gpt2"])[0], value_head=True)
-    tok = checkpoint.load_policy(sft["gpt2"]).tokenizer
-    rows, texts, _ = train_ppo.prompts_of([data.Group(prompt, []) for prompt in PROMPTS], tok, settings, 48)
-    dist.setup("cpu", 0)
-    return train_ppo.sample(policy, tok, reward, rows[:8], texts, settings, generate.ROLLOUT, 0, 4), settings, tok
+    settings = train_ppo.Config(data="", policy="", reward="", out="", **{**PPO, "groups": 8, "k": 4, "max_new_tokens": 5, **more})
+    policy = Policy(hub.load_trunk(sft["gpt2"])[0], value_head=True)
+    tok = hub.load_policy(sft["gpt2"]).tokenizer
+    prompts, texts, _ = train_ppo.encode_prompts([data.Group(prompt, []) for prompt in PROMPTS], tok, settings, 48)
+    setup = train_ppo.Setup(settings, dist.setup("cpu", 0), tok, policy, policy, reward)
+    rows = train_ppo.generate_responses(setup, prompts[:8], Stream.ROLLOUT, 0, 4)
+    return train_ppo.score_responses(setup, rows, texts, 0), setup
 
 
 def test_the_penalty_is_for_what_did_not_end(world, sft):
     reward = FunctionReward(f"{world / 'reward.py'}:glad")
-    rollout, settings, tok = a_rollout(world, sft, reward, eos_penalty=0.5, max_new=5, temperature=2.0)
+    rollout, setup = a_rollout(world, sft, reward, eos_penalty=0.5, max_new_tokens=5, temperature=2.0)
+    tok = setup.tokenizer
     assert 0 < rollout.ended.double().mean() < 1                            # some of each
     for g, row in enumerate(rollout.rows):
         for k, ids in enumerate(row.responses):
             ended = ids[-1] == tok.eos_id
             assert rollout.ended[g, k] == ended and tok.eos_id not in ids[:-1] and (ended or len(ids) == 5)
-            assert rollout.mask[g, k].sum() == len(ids)
+            assert rollout.response_mask[g, k].sum() == len(ids)
             assert rollout.texts[g][k] == tok.decode([i for i in ids if i != tok.eos_id])
             assert rollout.scores[g, k] == rollout.raw[g, k] - (0 if ended else 0.5)
 
 
 def test_a_rollout_is_normalised_once(world, sft, reward_models):
-    model = checkpoint.load_reward_model(reward_models["gpt2"])
+    model = hub.load_reward_model(reward_models["gpt2"])
     assert abs(model.mean) > 0.01 and abs(model.std - 1) > 0.01             # so that twice would be seen
-    rollout, settings, tok = a_rollout(world, sft, model, max_new=12)
+    rollout, setup = a_rollout(world, sft, model, max_new_tokens=12)
     texts = [PROMPTS[row.index] for row in rollout.rows], rollout.texts, rollout.ended.tolist()
     assert torch.equal(rollout.raw, model.score_texts(*texts, normalised=False)) and torch.equal(rollout.normalised, model.score_texts(*texts))
     assert torch.allclose(rollout.scores, (rollout.raw - model.mean) / model.std - ~rollout.ended * 1.0)
@@ -342,11 +349,11 @@ def test_scores_are_clipped_before_the_penalty(world, sft):
 
         def score_texts(self, prompts, responses, ended, normalised=True):
             return torch.tensor([[1.0, -1.0, 0.05, -0.05]] * len(prompts))
-    rollout, settings, tok = a_rollout(world, sft, Wild(), max_new=1, eos_penalty=6)
+    rollout, setup = a_rollout(world, sft, Wild(), max_new_tokens=1, eos_penalty=6)
     assert not rollout.ended.any()                                          # one token is not enough
     assert rollout.normalised[0].tolist() == pytest.approx([10, -10, 5, -5]) and rollout.scores[0].tolist() == pytest.approx([4, -16, -1, -11])
-    train_ppo.look(*[Policy(checkpoint.load_trunk(sft["gpt2"])[0], value_head=True)] * 2, rollout, settings, torch.device("cpu"))
-    numbers = train_ppo.describe(rollout, train_ppo.add_advantages(rollout, 0.1, settings), 0.1)
+    train_ppo.evaluate_rollout(setup, rollout)
+    numbers = train_ppo.rollout_stats(rollout, train_ppo.compute_advantages(rollout, 0.1, setup.config), 0.1)
     assert numbers["score_clipped"] == 0.5 and numbers["score_normalised"] == pytest.approx(0) and numbers["reward"] == pytest.approx(-6)
 
 
@@ -367,7 +374,7 @@ def refuse(capsys, script, flags, *says):
     sys.argv = [script.__name__, *words(flags)]
     try:
         with pytest.raises(SystemExit) as end:
-            config.run(script.main, script.Config)
+            cli.run_script(script.main, script.Config)
     finally:
         sys.argv = sys_argv
     error = capsys.readouterr().err
@@ -447,7 +454,7 @@ def test_mistakes_in_flags(world, sft, tmp_path, capsys):
     for change, says in (({"k": 0}, ["--k 0"]), ({"k": "four"}, ["--k", "four"]), ({"groups": 0}, ["--groups"]), ({"minibatches": 3}, ["--minibatches 3", "--groups 4"]),
                          ({"temperature": 0}, ["--temperature"]), ({"lam": 1.1}, ["--lam"]), ({"lr": "nan"}, ["--lr nan"]), ({"nonsense": 1}, ["--nonsense"]),
                          ({"device": "cuda:63"}, ["--device cuda:63"]), ({"device": "toaster"}, ["--device toaster"]), ({"device": "meta"}, ["--device meta"]),
-                         ({"max_length": 49}, ["--max_length 49", "48"]), ({"max_new": 48}, ["--max_new 48"]), ({"seed": 10**30}, ["--seed"]), ({"seed": -1}, ["--seed"]),
+                         ({"max_length": 49}, ["--max_length 49", "48"]), ({"max_new_tokens": 48}, ["--max_new_tokens 48"]), ({"seed": 10**30}, ["--seed"]), ({"seed": -1}, ["--seed"]),
                          ({"dtype": "float16"}, ["--dtype"]), ({"schedule": "cosine"}, ["--schedule"])):
         refuse(capsys, train_ppo, {**ppo, **change}, *says)
     if not torch.cuda.is_available():
@@ -460,7 +467,7 @@ def test_mistakes_in_flags(world, sft, tmp_path, capsys):
 
 
 def test_mistakes_in_sampling(world, sft, tmp_path, capsys):
-    ask = dict(policy=sft["gpt2"], max_new=12)
+    ask = dict(policy=sft["gpt2"], max_new_tokens=12)
     for change, says in (({"prompt": "the fox " * 40}, ["--prompt", "need more", "48"]), ({}, ["--prompt", "--data"]), ({"prompt": "a", "k": 0}, ["--k 0"]),
                          ({"prompt": "a", "data": world / "none.jsonl"}, ["--prompt", "--data"]), ({"prompt": "a", "top_p": 0}, ["--top_p"])):
         refuse(capsys, sample, {**ask, **change}, *says)
@@ -506,7 +513,7 @@ def test_mistakes_about_the_run_folder(world, tmp_path, capsys):
     before = tree(out)
     start(train_sft, out=out, **flags)       # the same command on a finished run: nothing to do
     assert tree(out) == before
-    for path in runs.states(out):
+    for path in run_folder.states(out):
         path.write_bytes(b"damaged")
     refuse(capsys, train_sft, dict(out=out, **flags), "state-000002.safetensors", "damaged", "remove the folder")
 
@@ -561,8 +568,8 @@ def test_odd_texts_do_not_break_the_log(tmp_path):
     for start_step in (0, 1, 2):             # read back by a run that goes on, twice
         log = Log(tmp_path, start_step, 3, ("loss",))
         log.step(start_step, loss=1.0)
-        log.sample(start_step, odd, odd, score=float("nan"))
-        log.evaluation(start_step, eval_loss=float("inf"))
+        log.text(start_step, odd, odd, score=float("nan"))
+        log.eval(start_step, eval_loss=float("inf"))
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().split(b"\n")[:-1]]
     assert rows == [{"step": step, "prompt": odd, "response": odd, "score": None} for step in range(3)]
     assert [row["step"] for row in metrics(tmp_path)] == [] and [row["eval_loss"] for row in metrics(tmp_path, "eval_loss")] == [None] * 3
@@ -588,7 +595,7 @@ def test_a_run_that_died_before_its_first_save_starts_again(world, tmp_path, mon
     flags = dict(data=world / "label.jsonl", init=world / "gpt2", **{**SFT, "steps": 3})
     whole = start(train_sft, out=tmp_path / "whole", **flags)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(run_folder, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError):         # the model is saved, its state is not
             start(train_sft, out=tmp_path / "again", **flags)
     start(train_sft, out=tmp_path / "again", **flags)
@@ -606,8 +613,8 @@ def same_run(whole, other):
     """Bit for bit, but for the clock; and nothing is left lying about."""
     assert untimed(whole) == untimed(other)
     assert tree(whole / "model") == tree(other / "model")
-    assert [path.name for path in runs.states(whole)][:1] == [path.name for path in runs.states(other)][:1]
-    assert runs.states(whole)[0].read_bytes() == runs.states(other)[0].read_bytes()
+    assert [path.name for path in run_folder.states(whole)][:1] == [path.name for path in run_folder.states(other)][:1]
+    assert run_folder.states(whole)[0].read_bytes() == run_folder.states(other)[0].read_bytes()
     assert (whole / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
     assert not list(other.rglob("*.tmp"))
 
@@ -624,7 +631,7 @@ def signal_at_step(started, out, step, name):
 
 
 def finished_steps(out):
-    with safe_open(runs.states(out)[0], framework="pt") as file:
+    with safe_open(run_folder.states(out)[0], framework="pt") as file:
         return json.loads(file.metadata()["run"])["step"]
 
 
@@ -662,8 +669,8 @@ def test_reward_models_go_on(loss, target, world, tmp_path):
 
 
 def test_ppo_goes_on(world, sft, reward_models, tmp_path):
-    interrupted(train_ppo, dict(data=world / "none.jsonl", policy=sft["gpt2"], reward=reward_models["llama"], k=2, max_new=12, minibatches=2, epochs=2,
-                                kl_target=0.1, kl_horizon=100, **STOP), tmp_path)
+    interrupted(train_ppo, dict(data=world / "none.jsonl", policy=sft["gpt2"], reward=reward_models["llama"], k=2, max_new_tokens=12, minibatches=2, epochs=2,
+                                kl_coef_target=0.1, kl_horizon=100, **STOP), tmp_path)
 
 
 def test_sigterm_is_a_stop(world, tmp_path):
@@ -673,7 +680,7 @@ def test_sigterm_is_a_stop(world, tmp_path):
     error = signal_at_step(started, tmp_path / "run", 2, signal.SIGTERM)
     assert started.returncode == 75 and error == "stopped; the same command goes on from the last save\n"
     assert finished_steps(tmp_path / "run") == len(metrics(tmp_path / "run"))
-    checkpoint.load_policy(tmp_path / "run")
+    hub.load_policy(tmp_path / "run")
 
 
 def test_other_flags_are_listed_by_every_script(world, sft, reward_models, tmp_path, capsys):

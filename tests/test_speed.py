@@ -7,11 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanorlhf import dist, optim, speed
 from nanorlhf.batching import Row, pack_rows
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.heads import Policy, Scorer
+from nanorlhf.heads import Policy, RewardModel
 from nanorlhf.llama import Llama, LlamaConfig
+from nanorlhf.run import dist, optim, speed
 
 CPU = torch.device("cpu")
 GPT = lambda **how: GPT2(GPT2Config(vocab_size=11, n_positions=32, n_embd=8, n_layer=2, n_head=2, **how))
@@ -33,15 +33,15 @@ def test_operations_of_gpt2_by_hand():
     # 11 columns go through block 1 (768) and c_attn of block 2 (192); 6 response tokens, or 3 last columns, through the rest (576).
     # Attention, 2 blocks: q k and p v, 2 x 2 operations a pair and dimension. The head: 6 tokens x 8 x 11.
     through, attention, head = 11 * (768 + 192), 2 * 4 * 8 * PAIRS, 6 * 8 * 11
-    assert speed.forward_operations(GPT(), ROWS, head=True) == 2 * (through + 6 * 576) + attention + 2 * head == 31_264
-    assert speed.forward_operations(GPT(), ROWS, head=False) == 2 * (through + 3 * 576) + attention == 26_752
+    assert speed.forward_flops(GPT(), ROWS, head=True) == 2 * (through + 6 * 576) + attention + 2 * head == 31_264
+    assert speed.forward_flops(GPT(), ROWS, head=False) == 2 * (through + 3 * 576) + attention == 26_752
 
 
 def test_operations_of_llama_by_hand():
     # D = 8, 4 heads and 2 groups of 2; a block has q 64, k and v 32 each, o 64, mlp 3 x 8 x 12 = 288: q, k, v 128, late 352
     through, attention, head = 11 * (2 * 480 + 128), 3 * 4 * 8 * PAIRS, 6 * 8 * 11
-    assert speed.forward_operations(LLAMA(), ROWS, head=True) == 2 * (through + 6 * 352) + attention + 2 * head == 32_480
-    assert speed.forward_operations(LLAMA(), ROWS, head=False) == 2 * (through + 3 * 352) + attention == 29_312
+    assert speed.forward_flops(LLAMA(), ROWS, head=True) == 2 * (through + 6 * 352) + attention + 2 * head == 32_480
+    assert speed.forward_flops(LLAMA(), ROWS, head=False) == 2 * (through + 3 * 352) + attention == 29_312
 
 
 @pytest.mark.parametrize("name", TRUNKS)
@@ -51,31 +51,31 @@ def test_operations_are_what_pytorch_counts(name, rows):
     trunk, batch = TRUNKS[name](), pack_rows(rows)
     inner = 16 if name == "llama-head-dim" else 8                     # heads x their width
     seen = sum(int(((row[None] == 0) | (row[None] == row[:, None])).tril().sum()) for row in (x[x >= 0] for x in batch.branch))
-    more = 4 * len(trunk.blocks) * inner * (sum(row.columns ** 2 for row in rows) - seen)
-    for model, head, own in ((Policy(trunk), True, 0), (Scorer(trunk), False, 2 * 8 * int(batch.valid.numel()))):
+    more = 4 * len(trunk.blocks) * inner * (sum(row.num_tokens ** 2 for row in rows) - seen)
+    for model, head, own in ((Policy(trunk), True, 0), (RewardModel(trunk), False, 2 * 8 * int(batch.valid.numel()))):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(batch)
         absent = 0 if head else int((~batch.valid).sum())             # pack_rows reads column 0 where a response is absent
         late = sum(p.numel() for n, p in trunk.blocks[-1].named_parameters() if p.ndim == 2 and not any(word in n for word in speed.BEFORE))
-        assert counter.get_total_flops() == speed.forward_operations(trunk, rows, head) + more + own + 2 * absent * late
+        assert counter.get_total_flops() == speed.forward_flops(trunk, rows, head) + more + own + 2 * absent * late
 
 
 # ------------------------------------------------------------------------------------------------------------- the log
 
 def test_meter(monkeypatch):
-    monkeypatch.setattr(speed, "product_rate", lambda device, dtype: 5e9)
+    monkeypatch.setattr(speed, "measured_flops", lambda device, dtype: 5e9)
     trunk = GPT()
     meter = speed.Meter(trunk, CPU, "float32")
     assert "5 GFLOP/s" in str(meter) and "no padding" in str(meter)
     rows = [Row([1] * 100, [[2] * 20, [3] * 30]), Row([1] * 40, [[2] * 10]), Row([1] * 206, [[2] * 50])]      # 150, 50 and 256 columns
     found = meter(rows, [[[0, 1], [2]]], operations=3e9, seconds=2.0)
     # 456 columns in 2 s; 3e9 / 2 of 5e9 operations a second
-    assert found == {"tokens": 456, "tokens_per_second": 228.0, "padding": 0.0, "share": pytest.approx(0.3), "seconds": 2.0}
+    assert found == {"tokens": 456, "tokens_per_second": 228.0, "padding": 0.0, "mfu": pytest.approx(0.3), "seconds": 2.0}
     trunk.flex = True                    # micro-batches of 200 and 256: computed as 256 and 256; 56 of 512 are padding
     assert meter(rows, [[[0, 1], [2]]], 3e9, 2.0)["padding"] == pytest.approx(56 / 512) and "FlexAttention" in str(meter)
     assert meter(rows, [[[2]]], 3e9, 2.0)["padding"] == 0               # 256 = 2 x 128; and rows that are not in the plan do not count
     two = speed.Meter(trunk, CPU, "float32", processes=2)             # 3e9 / 2 of 2 x 5e9; 200 columns at one, 256 at the other
-    assert two(rows, [[[0, 1]], [[2]]], 3e9, 2.0) == {"tokens": 456, "tokens_per_second": 228.0, "padding": pytest.approx(56 / 512), "share": pytest.approx(0.15), "seconds": 2.0}
+    assert two(rows, [[[0, 1]], [[2]]], 3e9, 2.0) == {"tokens": 456, "tokens_per_second": 228.0, "padding": pytest.approx(56 / 512), "mfu": pytest.approx(0.15), "seconds": 2.0}
     assert two(rows, [[[2]], []], 3e9, 2.0)["tokens"] == 256          # nothing at one of them
 
 
@@ -83,14 +83,14 @@ def test_meter(monkeypatch):
 def test_product_rate(dtype, monkeypatch):
     """2 x 1024^3 operations in the shortest of the measured times; everybody's random numbers stay as they were."""
     state = torch.get_rng_state()
-    assert 1e8 < speed.product_rate(CPU, dtype, repeats=1) < 1e14
+    assert 1e8 < speed.measured_flops(CPU, dtype, repeats=1) < 1e14
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_product_rate_is_operations_by_time(monkeypatch):
     ticks = iter([0, 9, 10, 12, 20, 21, 30, 34])                      # 9, 2, 1 and 4 seconds
     monkeypatch.setattr(speed, "_now", lambda device: next(ticks))
-    assert speed.product_rate(CPU, "float32", repeats=3) == 2 * 1024**3 / 1
+    assert speed.measured_flops(CPU, "float32", repeats=3) == 2 * 1024**3 / 1
 
 
 def test_peak_memory():

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import checkpoint, config, data, gpt2, tokenizer
+from nanorlhf import gpt2
 from nanorlhf.heads import Policy
+from nanorlhf.io import data, hub, tokenizer
+from nanorlhf.run import cli
 from nanorlhf.study import __main__ as study
 from nanorlhf.study import stages, world
 
@@ -49,7 +51,7 @@ def here(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["study", *flags])
         code = 0
         try:
-            config.run(study.main, study.Config)
+            cli.run_script(study.main, study.Config)
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
@@ -210,8 +212,8 @@ def test_rankings_and_labels_are_of_the_same_samples(smoke):
 
 
 def test_the_raw_arm_lost_its_normalisation_and_nothing_else(smoke):
-    fitted, raw = (checkpoint.load_reward_model(str(smoke["out"] / f"seed0/rm-{name}")) for name in ("classification", "classification-raw"))
-    assert (raw.mean, raw.std) == (0, 1) != (fitted.mean, fitted.std) and raw.map == fitted.map == "tanh_half"
+    fitted, raw = (hub.load_reward_model(str(smoke["out"] / f"seed0/rm-{name}")) for name in ("classification", "classification-raw"))
+    assert (raw.mean, raw.std) == (0, 1) != (fitted.mean, fitted.std) and raw.transform == fitted.map == "tanh_half"
     assert all(torch.equal(a, b) for a, b in zip(raw.model.parameters(), fitted.model.parameters()))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanorlhf import tokenizer
+from nanorlhf.io import tokenizer
 
 DATA = Path(os.environ.get("NANORLHF_DATA", "/nonexistent"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="set NANORLHF_DATA to the data folder")
@@ -459,6 +459,7 @@ def test_train_sentencepiece(tmp_path, capfd):
 @needs_data
 def test_a_sentencepiece_model_that_changes_text_is_refused(tmp_path):
     import io
+
     import sentencepiece
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT[0].split("\n")), model_writer=out, vocab_size=40, model_type="bpe",

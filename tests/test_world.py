@@ -10,10 +10,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanorlhf import checkpoint, config, data, gpt2
+from nanorlhf import gpt2
+from nanorlhf.io import data, hub
 from nanorlhf.reward import FunctionReward
+from nanorlhf.run import cli
 from nanorlhf.study import small, world
-from nanorlhf.study.world import PANEL, UNKNOWN, Reading, answers, ask, mislead, panel, questions, read, tale, understand
+from nanorlhf.study.world import (
+    PANEL,
+    UNKNOWN,
+    Reading,
+    answers,
+    ask,
+    mislead,
+    panel,
+    questions,
+    read,
+    tale,
+    understand,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -336,7 +350,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(flags, says, tmp_path, mon
         (out / "mine.txt").write_text("mine")
     monkeypatch.setattr(sys, "argv", ["world", f"--out={out}", *flags])
     with pytest.raises(SystemExit) as end:
-        config.run(world.main, world.Config)
+        cli.run_script(world.main, world.Config)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and says in error
     assert [p.name for p in tmp_path.rglob("*")] == ([] if flags else ["world", "mine.txt"])
@@ -411,7 +425,7 @@ def test_small_models_load_and_are_the_seeds_alone(family, exact, texts, tmp_pat
         small.write(tmp_path / name, family, texts, seed)
     files = {name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "abc"}
     assert files["a"] == files["b"] and {name for name in files["a"] if files["a"][name] != files["c"][name]} == {"model.safetensors", "SHA256SUMS"}
-    policy = checkpoint.load_policy(tmp_path / "a")
+    policy = hub.load_policy(tmp_path / "a")
     tok, trunk = policy.tokenizer, policy.trunk
     assert trunk.family == family and trunk.config.context == small.CONTEXT and trunk.width == small.WIDTH
     # byte-level BPE ends early when every word of the texts is a token; sentencepiece fills the vocabulary

@@ -1,6 +1,6 @@
 """PPO with trl's PPOTrainer: policy, reference, reward and value model are four models, a response is a row with its prompt.
 
-job: policy, reward, out (folders), prompts (lists of ids: a rollout), scored (lists of ids, whole texts), steps, max_new, epochs, temperature, kl_coef,
+job: policy, reward, out (folders), prompts (lists of ids: a rollout), scored (lists of ids, whole texts), steps, max_new_tokens, epochs, temperature, kl_coef,
 gamma, lam, clip, value_clip, vf_coef, lr, betas, eps, dtype, seed, threads
 """
 import contextlib
@@ -10,7 +10,13 @@ import time
 import torch
 from datasets import Dataset
 from timed import answer, job
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    TrainerCallback,
+)
 from trl import PPOConfig, PPOTrainer
 from trl.trainer.utils import batch_generation, forward, get_reward, selective_log_softmax
 
@@ -33,8 +39,8 @@ def arguments(values):
         gradient_checkpointing=False, bf16=values["dtype"] == "bfloat16",        # both on: slower, and other numbers
         per_device_train_batch_size=n, num_mini_batches=1, num_ppo_epochs=values["epochs"], total_episodes=n * values["steps"],
         local_rollout_forward_batch_size=n,                  # the whole rollout in one forward
-        response_length=values["max_new"], temperature=values["temperature"],    # 53 and 0.7
-        stop_token=None, missing_eos_penalty=None,           # EOS is a token like others: every response has max_new
+        response_length=values["max_new_tokens"], temperature=values["temperature"],    # 53 and 0.7
+        stop_token=None, missing_eos_penalty=None,           # EOS is a token like others: every response has max_new_tokens
         whiten_rewards=False, kl_estimator="k1", kl_coef=values["kl_coef"], gamma=values["gamma"], lam=values["lam"], cliprange=values["clip"],
         cliprange_value=values["value_clip"], vf_coef=values["vf_coef"], learning_rate=values["lr"], lr_scheduler_type="constant",
         adam_beta1=values["betas"][0], adam_beta2=values["betas"][1], adam_epsilon=values["eps"], weight_decay=0.0)
@@ -44,7 +50,7 @@ def arguments(values):
 def first_look(trainer, values, pad):
     """Before the first update, by trl's own functions: the ratio that is farthest from 1, tokens a response, and the scores of given texts."""
     queries = trainer.data_collator([{"input_ids": ids} for ids in values["prompts"]])["input_ids"]
-    how = GenerationConfig(max_new_tokens=values["max_new"], temperature=values["temperature"] + 1e-7, top_k=0.0, top_p=1.0, do_sample=True)
+    how = GenerationConfig(max_new_tokens=values["max_new_tokens"], temperature=values["temperature"] + 1e-7, top_k=0.0, top_p=1.0, do_sample=True)
     rows, logits = batch_generation(trainer.policy_model, queries, len(queries), pad, how)
     responses = rows[:, queries.shape[1] :]
     again = forward(trainer.model, rows, pad)[0].logits[:, queries.shape[1] - 1 : -1] / (values["temperature"] + 1e-7)

@@ -21,11 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint import read_json
-from ..config import InputError, check, run
-from ..dist import CODES, Stopped
-from ..files import hold, replace
-from ..log import header
+from ..io.files import lock_folder, replace
+from ..io.hub import read_json
+from ..io.read import InputError
+from ..run.cli import check_bounds, run_script
+from ..run.log import header
+from ..run.signals import EXIT_CODES, Preempted
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def carry_out(stages, done, workers, out, record):
 def alone(out):
     """The folder is this process's until it leaves, however it ends: two studies in one folder would write over each other."""
     try:
-        folder = hold(out)
+        folder = lock_folder(out)
     except BlockingIOError:
         raise InputError(f"--out {out}: another study is at work there; wait for it, or stop it") from None
     try:
@@ -202,11 +203,11 @@ def study(config, out, seeds, state):
 
 
 def leave(number, _):
-    raise Stopped(number)
+    raise Preempted(number)
 
 
 def main(config):
-    check(config, seeds=(0, 1000), workers=(0, 1000))
+    check_bounds(config, seeds=(0, 1000), workers=(0, 1000))
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError('the page is drawn with matplotlib, which is missing: pip install -c constraints.txt -e ".[plot]"')
     from .stages import SCALES
@@ -214,11 +215,11 @@ def main(config):
     if out.exists() and not (out / "study.json").exists() and any(other.suffix != ".tmp" for other in out.iterdir()):
         raise InputError(f"--out {out}: exists and is not a study; name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    for name in CODES:
+    for name in EXIT_CODES:
         signal.signal(name, leave)
     with alone(out):
         study(config, out, config.seeds or scale.seeds, opened(out, config.scale, json.loads(json.dumps(asdict(scale)))))
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train_rm import auc
-
-from .. import checkpoint, data, dist
-from ..batching import deal, encode_all
-from ..config import InputError, check, run
+from ..batching import encode_all, partition
+from ..io import data, hub
+from ..io.read import InputError
 from ..losses import quantile_levels
-from .judge import Config as JudgeConfig, make
+from ..metrics import auc
+from ..run import dist
+from ..run.cli import check_bounds, run_script
+from .judge import Config as JudgeConfig
+from .judge import make
 
 NAN = float("nan")
 COVERAGE_MARGIN = 0.05           # how far from its level a quantile may cover and still be called right
@@ -292,7 +294,7 @@ def per_quantile(outputs, places, labels=None):
     outputs: groups of (K,N);  labels: groups of 1, 0 or None, by default the better half of the places good, the worse half bad
     """
     if labels is None:
-        labels = [data.judge([data.Response("", place=p) for p in place], "place").label for place in places]
+        labels = [data.derive_labels([data.Response("", place=p) for p in place], "place").label for place in places]
     def both(scores):
         return {"accuracy": pair_accuracy(scores, places)["accuracy"], "auc": label_auc(scores, labels)}
     ordered = [np.sort(np.asarray(group, dtype=float), axis=-1) for group in outputs]
@@ -364,11 +366,11 @@ def matched(a, b, k=1):
 
 def raw_outputs(reward, rows):
     """Raw outputs of a `reward.RewardModel` for rows of any K, the work shared among the processes.  -> a (K,N) array a row"""
-    mine, found = deal([row.columns for row in rows], dist.world())[dist.rank()], []
+    mine, found = partition([row.num_tokens for row in rows], dist.world_size())[dist.rank()], []
     for k in {len(rows[i].responses) for i in mine}:
         same = [i for i in mine if len(rows[i].responses) == k]
         found += zip(same, reward.outputs([rows[i] for i in same]).double().tolist())
-    return [np.array(outputs) for _, outputs in sorted(pair for pairs in dist.everyone(found) for pair in pairs)]
+    return [np.array(outputs) for _, outputs in sorted(pair for pairs in dist.all_gather_object(found) for pair in pairs)]
 
 
 def measure(outputs, rows, kappa=None, opinions=None, training=None):
@@ -429,8 +431,8 @@ def compare_files(config):
 def measure_reward(config):
     """What a reward model says of the held-out part of --data, beside its places, labels and opinions."""
     device = dist.setup(config.device, 0)
-    reward, path = checkpoint.load_reward_model(config.reward), Path(config.reward) / "config.json"
-    flags = checkpoint.read_json(path).get("flags", {}) if path.exists() else {}     # a bare model folder does not say how it was trained
+    reward, path = hub.load_reward_model(config.reward), Path(config.reward) / "config.json"
+    flags = hub.read_json(path).get("flags", {}) if path.exists() else {}     # a bare model folder does not say how it was trained
     kappa = flags.get("kappa", 1.0) if isinstance(flags, dict) else None
     if type(kappa) not in (int, float) or not 0 <= kappa < math.inf or flags.get("labels", "auto") not in ("auto", "place", "label", "scores"):
         raise InputError(f"{path}: flags {flags!r:.80} are not those of train_rm.py")
@@ -454,7 +456,7 @@ def measure_reward(config):
 
 
 def main(config):
-    check(config, k=(1, None))
+    check_bounds(config, k=(1, None))
     modes = [("reward", "data"), ("a", "b", "judge")]
     named = [any(getattr(config, name) for name in mode) for mode in modes]
     if sum(named) != 1:
@@ -466,8 +468,8 @@ def main(config):
         measure_reward(config)
     else:
         dist.setup("cpu", 0)
-        dist.first(lambda: compare_files(config))        # a judge that is asked over the network is asked once
+        dist.on_rank_zero(lambda: compare_files(config))        # a judge that is asked over the network is asked once
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

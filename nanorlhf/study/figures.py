@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt                              # after the choice of the backend
+from matplotlib import pyplot as plt  # after the choice of the backend
 from matplotlib.patches import Polygon
 
 INK = "#010203"

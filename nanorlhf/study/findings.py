@@ -7,7 +7,7 @@ import contextlib
 
 import numpy as np
 
-from ..config import LARGEST_JSON, InputError, parse_json, read_bytes
+from ..io.read import MAX_JSON_BYTES, InputError, parse_json, read_bytes
 from .evaluate import COVERAGE_MARGIN, wilson
 from .figures import num
 
@@ -21,7 +21,7 @@ ESTIMATORS = ("gaussian", "kde", "histogram")
 # -------------------------------------------------------------------------------------------------- reading and averaging
 
 def read(path):
-    return parse_json(read_bytes(path, LARGEST_JSON), path)
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
 @contextlib.contextmanager

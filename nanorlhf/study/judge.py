@@ -23,10 +23,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import data
-from ..config import InputError, check, parse_json, read_bytes, run
-from ..files import replace
+from ..io import data
+from ..io.files import replace
+from ..io.read import InputError, parse_json, read_bytes
 from ..reward import FunctionReward, is_function
+from ..run.cli import check_bounds, run_script
 
 
 def places(scores):
@@ -114,7 +115,7 @@ class Reference(Scoring):
     def __init__(self, groups):
         super().__init__(lambda prompts, responses: [self.score(p, r) for p, r in zip(prompts, responses)])
         self.experts, self.passages = {}, {}
-        for group in data.good_responses(groups)[0]:
+        for group in data.keep_preferred(groups)[0]:
             self.experts.setdefault(group.prompt, []).extend(content(response.text) for response in group.responses)
 
     def near(self, prompt, response):
@@ -439,7 +440,7 @@ def make(config):
 
 
 def main(config):
-    check(config, seed=(0, 2**63 - 1))
+    check_bounds(config, seed=(0, 2**63 - 1))
     out = Path(config.out)
     if not config.dry_run and (not config.out or out.exists() or not out.parent.is_dir()):
         raise InputError(f"--out {config.out or '(missing)'}: name a file that does not exist yet, in a folder that does")
@@ -464,4 +465,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

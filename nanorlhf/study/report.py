@@ -8,12 +8,28 @@ import platform
 from html import escape
 from pathlib import Path
 
-from ..files import replace
+from ..io.files import replace
 from . import figures, world
 from .evaluate import COVERAGE_MARGIN
 from .figures import num
-from .findings import (CORNERS, as_written, claims_a, claims_b, each, floors, get, load, many, mean, passes, read, sentence_quantile, sentence_why,
-                       sentence_wins, spread)
+from .findings import (
+    CORNERS,
+    as_written,
+    claims_a,
+    claims_b,
+    each,
+    floors,
+    get,
+    load,
+    many,
+    mean,
+    passes,
+    read,
+    sentence_quantile,
+    sentence_why,
+    sentence_wins,
+    spread,
+)
 
 PAPER_A = ("ranking", "classification", "classification-raw", "judge")
 OTHERS = ("ranking", "ranking-on-labels", "classification-on-places", "scores-mean", "scores-cvar", "ranking-loose")

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import checkpoint, gpt2, llama, tokenizer
+from .. import gpt2, llama
 from ..heads import Policy
+from ..io import hub, tokenizer
 
 VOCABULARY = 1024                        # most words of the world become one token
 CONTEXT = 128
@@ -75,4 +76,4 @@ def write(folder, family, texts, seed):
     train, start = {"gpt2": (tokenizer.train_bpe, start_gpt2), "llama": (tokenizer.train_sentencepiece, start_llama)}[family]
     tok = train(texts, VOCABULARY)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    checkpoint.save_policy(folder, Policy(start(tok.vocab_size, seed)), tok)
+    hub.save_policy(folder, Policy(start(tok.vocab_size, seed)), tok)

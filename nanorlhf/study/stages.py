@@ -13,19 +13,21 @@ import train_ppo
 import train_rm
 import train_sft
 
-from .. import checkpoint, data, ppo, sample
+from .. import ppo, sample
 from ..batching import encode_all, micro_batches, pack_rows
-from ..heads import Scorer
-from ..files import replace
-from ..log import clean
+from ..heads import RewardModel
+from ..io import data, hub
+from ..io.files import replace
 from ..losses import quantile_levels
+from ..reward import TextReward
+from ..run.log import to_json
 from . import evaluate, small, world
 from .judge import Scoring
 
 GOLD = f"{world.__file__}:gold"
 TIE = 0.05                               # scores of one multiple of this, of the panel's mean, are a tie
 K = 4                                    # samples of a passage                                                        [paper A, 3.1]
-ACTOR = dict(groups=16, k=K, epochs=2, minibatches=2, lr=3e-4, schedule="constant", warmup=0, max_new=20, device="cpu")
+ACTOR = dict(groups=16, k=K, epochs=2, minibatches=2, lr=3e-4, schedule="constant", warmup=0, max_new_tokens=20, device="cpu")
 SOLID = dict(groups=16, warmup=20, device="cpu")
 
 
@@ -108,7 +110,7 @@ def judged(out, scale, seed):
     for split, name in (("train", "train"), ("held_out", "val")):
         path = out / f"sampled-{name}.jsonl"
         if not path.exists():
-            sample.main(sample.Config(policy=str(out / "sft"), data=str(out / "world/reward"), split=split, k=K, keep=True, max_new=20, seed=seed,
+            sample.main(sample.Config(policy=str(out / "sft"), data=str(out / "world/reward"), split=split, k=K, include_originals=True, max_new_tokens=20, seed=seed,
                                       out=str(path), max_tokens=16384, device="cpu"))
         ranked, labelled, pairs = [], [], []
         for group in data.read_groups(path)[0]:
@@ -156,9 +158,9 @@ def actor(out, scale, seed, arm):
     reward, flags = ARMS[arm]
     if reward == "raw":
         reward = str(out / "rm-classification-raw")
-        model = checkpoint.load_reward_model(str(out / "rm-classification"))
-        model.moments = {"mean": (0.0, 1.0)}
-        checkpoint.save_reward_model(reward, model)
+        model = hub.load_reward_model(str(out / "rm-classification"))
+        model.norm_stats = {"mean": (0.0, 1.0)}
+        hub.save_reward_model(reward, model)
     elif reward != GOLD:
         reward = str(out / reward)
     for steps in scale.ppo:
@@ -167,7 +169,7 @@ def actor(out, scale, seed, arm):
             train_ppo.main(train_ppo.Config(data=str(out / "world/ppo"), policy=str(out / "sft"), reward=reward, out=str(out / f"ppo-{arm}"), steps=steps, seed=seed,
                                             eval_every=10**9, save_every=50, **{"kl_coef": 0.2, **flags}, **ACTOR))
             groups = answer(out / f"ppo-{arm}", out, seed, f"ppo-{arm}-{steps}.jsonl")
-            moved = drift(checkpoint.load_policy(out / f"ppo-{arm}"), checkpoint.load_policy(out / "sft"), groups)
+            moved = drift(hub.load_policy(out / f"ppo-{arm}"), hub.load_policy(out / "sft"), groups)
             replace(path, json.dumps({"steps": steps, **moved}).encode())
 
 
@@ -177,7 +179,7 @@ def answer(policy, out, seed, name):
     One, because `sample` draws a second one again where it repeats the first: no longer the policy's own distribution.
     """
     if not (out / name).exists():
-        sample.main(sample.Config(policy=str(policy), data=str(out / "world/ppo"), split="held_out", k=1, max_new=20, seed=seed, out=str(out / name), max_tokens=16384,
+        sample.main(sample.Config(policy=str(policy), data=str(out / "world/ppo"), split="held_out", k=1, max_new_tokens=20, seed=seed, out=str(out / name), max_tokens=16384,
                                   device="cpu"))
     return answers_in(out / name)
 
@@ -195,11 +197,11 @@ def drift(policy, reference, groups):
     """How far a policy has gone, on its own samples: nats a response to the reference (k1), and entropy a token.  -> dict"""
     rows, _ = encode_all(groups, policy.tokenizer, policy.trunk.config.context)
     total = np.zeros(4)
-    for part in micro_batches([row.columns for row in rows], 16384):
+    for part in micro_batches([row.num_tokens for row in rows], 16384):
         batch = pack_rows([rows[i] for i in part])
-        mine, theirs = policy(batch, entropy=ppo.entropy), reference(batch)
-        k1 = ppo.kl_k1(mine.logprobs, theirs.logprobs)[batch.mask].double().sum()
-        total += [k1, mine.entropy[batch.mask].double().sum(), batch.mask.sum(), batch.valid.sum()]
+        mine, theirs = policy(batch, return_entropy=True), reference(batch)
+        k1 = ppo.kl_k1(mine.logprobs, theirs.logprobs)[batch.response_mask].double().sum()
+        total += [k1, mine.entropy[batch.response_mask].double().sum(), batch.response_mask.sum(), batch.valid.sum()]
     return {"kl": total[0] / total[3], "entropy": total[1] / total[2], "tokens": total[2] / total[3]}
 
 
@@ -218,7 +220,7 @@ def policies(out, scale, seed):
     supervised = answer(out / "sft", out, seed, "sft.jsonl")
     experts = [data.Group(group.prompt, group.responses[:2]) for group in data.read_groups(out / "world/ppo/val.jsonl")[0]]
     prompts = [group.prompt for group in supervised]
-    reference = checkpoint.load_policy(out / "sft")
+    reference = hub.load_policy(out / "sft")
     found = {"experts": opinions_of(experts), "control": opinions_of(supervised, prompts[1:] + prompts[:1]),
              "sft": {**opinions_of(supervised), **drift(reference, reference, supervised)}}
     answers, ways = {"experts": experts, "sft": supervised}, {}
@@ -258,7 +260,7 @@ def rewards(out, scale, seed):
     """Every reward model: on the panel's ranking of held-out samples, on experts against samples, on held-out pairs; paper B's analyses.  -> dict for results.json"""
     found, training = {}, [r.scores for group in data.read_groups(out / "pairs/train.jsonl")[0] for r in group.responses]
     for name, (source, flags) in REWARDS.items():
-        model = checkpoint.load_reward_model(str(out / f"rm-{name}"))
+        model = hub.load_reward_model(str(out / f"rm-{name}"))
         mine = found[name] = {}
         for where, labels in (("ranked", "place"), ("labelled", "label"), ("pairs", "place")):
             outputs, rows, groups = outputs_on(model, out / where / "val.jsonl", labels)
@@ -285,17 +287,17 @@ def rewards(out, scale, seed):
 def values(outputs, rows):
     """Rewards of chosen and rejected as histograms need them: mean, lowest and highest quantile.  -> {statistic: {chosen: [...], rejected: [...]}}"""
     read = {"mean": lambda z: z.mean(-1), "q0": lambda z: np.sort(z, -1)[:, 0], "q9": lambda z: np.sort(z, -1)[:, -1]}
-    return {statistic: {kind: [clean(float(x)) for group, row in zip(outputs, rows) for x, y in zip(of(group), row.label) if y == label]
+    return {statistic: {kind: [to_json(float(x)) for group, row in zip(outputs, rows) for x, y in zip(of(group), row.label) if y == label]
                         for kind, label in (("chosen", 1), ("rejected", 0))} for statistic, of in read.items()}
 
 
 def untrained(out, seed):
     """The deviation among a quantile model's outputs before its first step, on the held-out pairs: the same start, drawn again."""
-    trunk, tok = checkpoint.load_trunk(str(out.parent / "reader/run"), head=False)
+    trunk, tok = hub.load_trunk(str(out.parent / "reader/run"), head=False)
     torch.manual_seed(seed)
-    scorer = Scorer(trunk, len(quantile_levels(10)))
-    scorer.draw_head()
-    outputs, _, _ = outputs_on(checkpoint.RewardModel(scorer, tok), out / "pairs/val.jsonl", "place")
+    scorer = RewardModel(trunk, len(quantile_levels(10)))
+    scorer.init_head()
+    outputs, _, _ = outputs_on(TextReward(scorer, tok), out / "pairs/val.jsonl", "place")
     return {"within_deviation": evaluate.within_deviation(np.concatenate(outputs))}
 
 
@@ -309,7 +311,7 @@ def pairs_of(out):
 
 def one_row(out):
     """A real group as the reward model sees it: the row of the first page.  -> dict of lists"""
-    policy = checkpoint.load_policy(out / "sft")
+    policy = hub.load_policy(out / "sft")
     group = data.read_groups(out / "ranked/val.jsonl")[0][0]
     batch = pack_rows(encode_all([group], policy.tokenizer, policy.trunk.config.context)[0])
     words = [policy.tokenizer.decode([i]) or "<EOS>" for i in batch.tokens[0].tolist()]
@@ -320,5 +322,5 @@ def measure(out, scale, seed):
     """Everything that the page says about this seed, in one file."""
     found = {"seed": seed, **policies(out, scale, seed), **rewards(out, scale, seed), "row": one_row(out)}
     plain = lambda x: {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else [plain(v) for v in x] if isinstance(x, (list, tuple)) else \
-        clean(float(x)) if isinstance(x, (float, np.floating)) else bool(x) if isinstance(x, np.bool_) else int(x) if isinstance(x, np.integer) else x
+        to_json(float(x)) if isinstance(x, (float, np.floating)) else bool(x) if isinstance(x, np.bool_) else int(x) if isinstance(x, np.integer) else x
     replace(out / "results.json", (json.dumps(plain(found), indent=1) + "\n").encode())

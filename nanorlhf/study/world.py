@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanorlhf.config import InputError, check, run
-from nanorlhf.files import replace
+from nanorlhf.io.files import replace
+from nanorlhf.io.read import InputError
+from nanorlhf.run.cli import check_bounds, run_script
 
 ANIMALS = "fox wolf bear hare owl raven mouse cat frog goat goose swan hound pony".split()
 ROYALS = "king queen prince princess knight duchess".split()
@@ -281,7 +282,7 @@ def sizes(passages, held_out):
 
 
 def main(config):
-    check(config, passages=(1, 10**6), held_out=(1, 10**5), questions=(1, 20), seed=(0, 2**62))
+    check_bounds(config, passages=(1, 10**6), held_out=(1, 10**5), questions=(1, 20), seed=(0, 2**62))
     if Path(config.out).exists():
         raise InputError(f"--out {config.out}: is there already; name a folder that is not")
     named = sizes(config.passages, config.held_out)
@@ -291,4 +292,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run_script(main, Config)

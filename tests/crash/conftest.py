@@ -1,6 +1,5 @@
 """One server of forked processes and one tiny world for the folder's tests."""
 import pytest
-
 from test_processes import Jobs, tiny_world
 
 

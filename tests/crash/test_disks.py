@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-
 from alike import damaged, differences
-from nanorlhf import checkpoint, files, runs
-from nanorlhf.config import InputError
 from test_processes import flags_of, torchrun
+
+from nanorlhf.io import files, hub
+from nanorlhf.io.read import InputError
+from nanorlhf.run import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUN = dict(steps=8, groups=4, save_every=2, eval_every=1, max_tokens=110)
@@ -46,7 +47,7 @@ def refused(answer, *says):
 
 
 def load(out, name="sft"):
-    return (checkpoint.load_reward_model if name == "ranking" else checkpoint.load_policy)(out)
+    return (hub.load_reward_model if name == "ranking" else hub.load_policy)(out)
 
 
 # --------------------------------------------------------------------------------------------------------- full, read-only
@@ -65,11 +66,11 @@ def test_a_full_disk(name, processes, what, jobs, world, disk, tmp_path):
     script, flags = flags_of(world, name, disk / "run", **{**RUN, **more})
     said = refused(jobs(script, flags, processes=processes, fault="full_disk"), "No space left on device", str(disk / "run"))
     assert what == "save" or "metrics.jsonl" in said
-    state, = runs.states(disk / "run")                   # the first save, as it was
+    state, = run_folder.states(disk / "run")                   # the first save, as it was
     assert state.name == f"state-{more['save_every']:06}.safetensors" and damaged(disk / "run") == []
     load(disk / "run", name)
     refused(jobs(script, flags, processes=processes), "No space left on device", str(disk / "run"))
-    assert runs.states(disk / "run") == [state] and damaged(disk / "run") == []
+    assert run_folder.states(disk / "run") == [state] and damaged(disk / "run") == []
     (disk / "filler").unlink()
     jobs.well(script, flags, processes=processes)
     whole = jobs.well(script, {**flags, "out": tmp_path / "whole"}, processes=processes)
@@ -79,7 +80,7 @@ def test_a_full_disk(name, processes, what, jobs, world, disk, tmp_path):
 @pytest.mark.parametrize("name, processes", some([(name, processes) for name in SCRIPTS for processes in (1, 2)], [("sft", 1)]))
 def test_a_read_only_disk(name, processes, jobs, world, disk, tmp_path):
     script, flags = flags_of(world, name, disk / "run", **RUN)
-    assert jobs(script, flags, call=60)["codes"] == [-signal.SIGKILL] and runs.states(disk / "run")
+    assert jobs(script, flags, call=60)["codes"] == [-signal.SIGKILL] and run_folder.states(disk / "run")
     before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for out in (disk / "run", disk / "new"):
@@ -127,7 +128,7 @@ def ended(jobs, world, tmp_path_factory):
             whole = jobs.well(script, flags)
             part = {**flags, "steps": 5, "out": folder / "part"}       # eight steps later: the schedule is constant
             found[name] = script, flags, whole, jobs.well(script, part)
-            found[name] += tuple(runs.states(out)[1].name for out in (whole, part["out"]))
+            found[name] += tuple(run_folder.states(out)[1].name for out in (whole, part["out"]))
         return found[name]
     return runs_of
 
@@ -148,7 +149,7 @@ def hit(jobs, case, of, out, name, target, how):
     """Damages one file, loads the model, gives the same command.  -> row of the table; fails unless it refuses or ends as the undisturbed run"""
     script, flags, whole = of[:3]
     path = out / target
-    gone = runs.states(out)
+    gone = run_folder.states(out)
     DAMAGE[how](path)
     loads = "loads"
     try:
@@ -200,9 +201,9 @@ def test_damage_to_each_file(name, case, every, jobs, ended, tmp_path, table):
 def test_both_states_damaged(jobs, ended, tmp_path):
     script, flags, start = (ended("sft")[i] for i in (0, 1, 3))
     out = shutil.copytree(start, tmp_path / "run")
-    for path in runs.states(out):
+    for path in run_folder.states(out):
         flip(path, 0.5)
-    refused(jobs(script, {**flags, "out": out}), *(path.name for path in runs.states(out)), "remove the folder to start again")
+    refused(jobs(script, {**flags, "out": out}), *(path.name for path in run_folder.states(out)), "remove the folder to start again")
 
 
 # --------------------------------------------------------------------------------------------------------------- torchrun
@@ -261,7 +262,7 @@ def test_torchrun_is_stopped(name, whom, undisturbed, tmp_path):
     error = started.communicate(timeout=200)[1]
     assert started.returncode != 0 and error.count("stopped; the same command goes on from the last save") == 1, error
     steps = [row for row in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in row and '"lr"' in row]
-    assert runs.states(out)[0].name == f"state-{len(steps):06}.safetensors" and 13 <= len(steps) < LONG["steps"] and damaged(out) == []
+    assert run_folder.states(out)[0].name == f"state-{len(steps):06}.safetensors" and 13 <= len(steps) < LONG["steps"] and damaged(out) == []
     again = launched(script, {**flags, "out": out})
     assert again.communicate(timeout=200)[1] is not None and again.returncode == 0
     assert differences(whole, out) == []

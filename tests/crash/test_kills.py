@@ -16,12 +16,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from alike import damaged, differences, timeless
 from launch import LEFT
-from nanorlhf import runs
-from nanorlhf.study import stages
 from test_processes import flags_of
+
+from nanorlhf.run import run_folder
+from nanorlhf.study import stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUN = dict(steps=8, groups=4, save_every=2, eval_every=3, schedule="linear", max_tokens=110)
@@ -64,7 +64,7 @@ def killed_until_done(jobs, script, flags, processes, draws, seconds, most, row)
             row["after the end"] += kill is not None
             assert answer["codes"] == [0] * processes, (kill, answer)
             return
-        alone, saved = "who" in kill, runs.states(flags["out"])
+        alone, saved = "who" in kill, run_folder.states(flags["out"])
         row.update({"kills": 1, "one alone": alone, "before the first save": not saved, "with a temporary file": answer["during"]})
         if alone:
             other, = (code for rank, code in enumerate(answer["codes"]) if rank != kill["who"])

@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import gpt2, llama, tokenizer
-from .config import LARGEST_JSON, InputError, parse_json, read_bytes
-from .files import damage, replace_all, sums
-from .heads import Policy, Scorer
-from .reward import MAPS, RewardModel
+from .. import gpt2, llama
+from ..heads import Policy, RewardModel
+from ..reward import REWARD_TRANSFORMS, FunctionReward, TextReward, is_function
+from . import tokenizer
+from .files import file_damage, read_checksums, replace_all
+from .read import MAX_JSON_BYTES, InputError, parse_json, read_bytes
 
 FAMILIES = {"gpt2": gpt2.GPT2, "llama": llama.Llama}
 SIZES = {**{name: (gpt2.GPT2, config) for name, config in gpt2.SIZES.items()},
@@ -34,7 +35,7 @@ ROPE = {"rope_factor": "factor", "rope_low_freq_factor": "low_freq_factor", "rop
 
 
 def read_json(path):
-    return parse_json(read_bytes(path, LARGEST_JSON), path)
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
 # ------------------------------------------------------------------------------------------------- config.json, both ways
@@ -149,7 +150,7 @@ def _headers(folder):
     return found
 
 
-def _plan(parameters, names, headers, spare):
+def _match_tensors(parameters, names, headers, spare):
     """Holds the headers against the model. Every tensor is accounted for, every shape is the model's.  -> [(path, tensor, parameter, copy?)]"""
     missing, steps = dict(names), []
     prefix = next((name.split(".")[0] + "." for name in names if "." in name), "")
@@ -171,13 +172,13 @@ def _plan(parameters, names, headers, spare):
 
 
 @torch.no_grad()
-def _fill(module, names, headers, spare=None):
+def _load_weights(module, names, headers, spare=None):
     """Gives a module on the meta device memory, and its parameters values from the files.
 
     names: tensor name in the file -> parameter name;  spare: tensor that may be in the file but has no parameter of its
     own -> the parameter that it must equal (a tied head), or None where it is not wanted
     """
-    steps, path = _plan(dict(module.named_parameters()), names, headers, spare or {}), next(iter(headers))
+    steps, path = _match_tensors(dict(module.named_parameters()), names, headers, spare or {}), next(iter(headers))
     try:
         parameters = dict(module.to_empty(device="cpu").named_parameters())
     except RuntimeError:
@@ -196,12 +197,12 @@ def _fill(module, names, headers, spare=None):
                     raise InputError(f"{path}: tensor {key!r} holds NaN or infinity, or numbers beyond float32")
 
 
-def _names(trunk):
+def _hub_names(trunk):
     """Tensor name in a hub file -> parameter name of the trunk."""
     return {key if key.startswith("lm_head") else trunk.prefix + key: key for key, _ in trunk.named_parameters()}
 
 
-def _table(trunk):
+def _embedding_name(trunk):
     """Parameter name of the token embedding."""
     return "wte.weight" if trunk.family == "gpt2" else "embed_tokens.weight"
 
@@ -223,8 +224,8 @@ def model_folder(path):
 
 def _check_sums(folder):
     """A folder that came with SHA256SUMS, as ours do, is what was written."""
-    for name in sums(folder):
-        if wrong := damage(folder / name):
+    for name in read_checksums(folder):
+        if wrong := file_damage(folder / name):
             raise InputError(f"{folder}: {wrong} (the run that wrote it writes it again; if you changed it yourself, remove that line)")
 
 
@@ -240,7 +241,7 @@ def _check_fit(trunk, tok, folder):
         raise InputError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model {trunk.config.vocab_size}: they do not belong together")
 
 
-def _sketch(family, config, headers, path):
+def _meta_model(family, config, headers, path):
     """A model of shapes alone, without memory: about to be held against the files' headers, then loaded."""
     layers, tensors = config.n_layer if family is gpt2.GPT2 else config.num_hidden_layers, sum(map(len, headers.values()))
     if layers > tensors:
@@ -252,7 +253,7 @@ def _sketch(family, config, headers, path):
         raise InputError(f"{path}: no machine has memory for tensors of these sizes") from None
 
 
-def _turn(trunk, path):
+def _set_rope(trunk, path):
     """LLaMA's rotations, which are in no file. Only now is the head's width known to be that of the weights."""
     if trunk.family == "llama":
         trunk.frequencies = llama.rope_frequencies(trunk.config)
@@ -269,12 +270,12 @@ def load_trunk(path, head=True):
     if "ForSequenceClassification" in str(values.get("architectures")):
         raise InputError(f"{folder}: a reward model; a language model is wanted here")
     headers = _headers(folder)
-    trunk, tok = _sketch(family, config, headers, folder / "config.json"), load_tokenizer(folder)
+    trunk, tok = _meta_model(family, config, headers, folder / "config.json"), load_tokenizer(folder)
     if not head:
         trunk.lm_head = None
     _check_fit(trunk, tok, folder)
-    _fill(trunk, _names(trunk), headers, {} if trunk.lm_head is not None else {"lm_head.weight": _table(trunk) if config.tie_word_embeddings else None})
-    _turn(trunk, folder / "config.json")
+    _load_weights(trunk, _hub_names(trunk), headers, {} if trunk.lm_head is not None else {"lm_head.weight": _embedding_name(trunk) if config.tie_word_embeddings else None})
+    _set_rope(trunk, folder / "config.json")
     return trunk, tok
 
 
@@ -299,15 +300,25 @@ def load_reward_model(path):
         raise InputError(f"{folder / 'config.json'}: id2label {labels!r:.40} is not an object")
     reward_map, moments, max_length = _reward_keys(values, folder / "config.json")
     headers = _headers(folder)
-    trunk, tok = _sketch(family, config, headers, folder / "config.json"), load_tokenizer(folder)
+    trunk, tok = _meta_model(family, config, headers, folder / "config.json"), load_tokenizer(folder)
     trunk.lm_head = None
     _check_fit(trunk, tok, folder)
     with torch.device("meta"):
-        model = Scorer(trunk, len(labels))
-    names = {name: f"trunk.{key}" for name, key in _names(trunk).items()}
-    _fill(model, {**names, "score.weight": "score.weight"}, headers)
-    _turn(trunk, folder / "config.json")
-    return RewardModel(model, tok, reward_map, moments, min(max_length or config.context, config.context))
+        model = RewardModel(trunk, len(labels))
+    names = {name: f"trunk.{key}" for name, key in _hub_names(trunk).items()}
+    _load_weights(model, {**names, "score.weight": "score.weight"}, headers)
+    _set_rope(trunk, folder / "config.json")
+    return TextReward(model, tok, reward_map, moments, min(max_length or config.context, config.context))
+
+
+def load_reward(spec, statistic="mean", max_tokens=8192):
+    """What --reward names: `path.py:function`, or a reward model's run or folder."""
+    if is_function(spec):
+        return FunctionReward(spec)
+    reward = load_reward_model(spec)
+    reward.select(statistic)
+    reward.max_tokens = max_tokens
+    return reward
 
 
 def _reward_keys(values, path):
@@ -316,15 +327,15 @@ def _reward_keys(values, path):
     try:
         reward_map, max_length = found.get("map", "identity"), found.get("max_length")
         moments = {name: (mean / 1, std / 1) for name, (mean, std) in found.get("moments", {}).items()}        # "0.5" is no number
-        good = reward_map in MAPS and (max_length is None or type(max_length) is int and max_length > 0) and all(math.isfinite(mean) and 0 < std < math.inf for mean, std in moments.values())
+        good = reward_map in REWARD_TRANSFORMS and (max_length is None or type(max_length) is int and max_length > 0) and all(math.isfinite(mean) and 0 < std < math.inf for mean, std in moments.values())
     except (AttributeError, OverflowError, TypeError, ValueError):
         good = False
     if not good:
-        raise InputError(f"{path}: nanorlhf_reward {found!r:.80} is not a map ({', '.join(MAPS)}) with a mean and deviation for each statistic")
+        raise InputError(f"{path}: nanorlhf_reward {found!r:.80} is not a map ({', '.join(REWARD_TRANSFORMS)}) with a mean and deviation for each statistic")
     return reward_map, moments, max_length
 
 
-def start(init, tokenizer_folder, texts, head=True):
+def init_or_load(init, tokenizer_folder, texts, head=True):
     """What --init names: a folder's weights, or random ones of a size's name, with their tokenizer.  -> (trunk, tokenizer, words for the header)
 
     texts: a function that gives the data's texts, called where a nano size trains its small tokenizer on them.
@@ -372,16 +383,16 @@ def _save_model(folder, trunk, tok, architecture, extra_tensors, extra_config):
     """Tokenizer and weights, then config.json, each by a rename: the folder is a whole model at every instant."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters, names = dict(trunk.named_parameters()), _names(trunk)
+    parameters, names = dict(trunk.named_parameters()), _hub_names(trunk)
     if extra_tensors:                                                  # a reward model: no language-model head in its folder
         names.pop("lm_head.weight", None)
     tensors = {name: parameters[key].detach().float().cpu() for name, key in names.items()}
-    vocab_size, table = trunk.config.vocab_size, trunk.prefix + _table(trunk)
+    vocab_size, table = trunk.config.vocab_size, trunk.prefix + _embedding_name(trunk)
     if extra_tensors and tok.pad_id >= vocab_size:                     # a pad that is not EOS: one more row, unused here
         tensors[table] = torch.cat([tensors[table], torch.zeros(tok.pad_id + 1 - vocab_size, trunk.width)])
         vocab_size = tok.pad_id + 1
     tensors.update({name: tensor.detach().float().cpu() for name, tensor in extra_tensors.items()})
-    if (folder / "config.json").exists() and any(not damage(folder / name) and (not (folder / name).is_file() or (folder / name).read_bytes() != raw)
+    if (folder / "config.json").exists() and any(not file_damage(folder / name) and (not (folder / name).is_file() or (folder / name).read_bytes() != raw)
                                                  for name, raw in tok.files.items()):
         raise InputError(f"{folder}: holds a model with another tokenizer; name another folder")
     config = {**_hub_config(trunk, tok, architecture, vocab_size), **extra_config}
@@ -401,4 +412,4 @@ def save_reward_model(folder, reward_model):
     labels = [f"LABEL_{i}" for i in range(n)]
     _save_model(folder, model.trunk, reward_model.tokenizer, name, {"score.weight": model.score.weight}, {
         "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
-        "nanorlhf_reward": {"map": reward_model.map, "moments": reward_model.moments, "max_length": reward_model.max_length}})
+        "nanorlhf_reward": {"map": reward_model.transform, "moments": reward_model.norm_stats, "max_length": reward_model.max_length}})

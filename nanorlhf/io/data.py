@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from .config import LARGEST_FILE, InputError, parse_json, read_bytes
+from .read import MAX_FILE_BYTES, InputError, parse_json, read_bytes
 
 TEMPLATE = "{passage}\nQuestion:"        # FairytaleQA's prompt
-LARGEST = 3.4e38                         # of float32, in which the losses are computed
-MOST_SPACES = 100                        # at a prompt's end: each of its responses gets them, so that a megabyte of them would become a terabyte
+MAX_FLOAT32 = 3.4e38                         # of float32, in which the losses are computed
+MAX_TRAILING_SPACES = 100                        # at a prompt's end: each of its responses gets them, so that a megabyte of them would become a terabyte
 HELD_OUT = 10                            # a single file has no held-out part: every tenth distinct prompt becomes it
 
 
@@ -39,7 +39,7 @@ class Response:
 class Group:
     prompt: str
     responses: list[Response]
-    cut: bool = False                    # may a prompt that is too long lose its beginning? a dialogue may, a passage may not
+    truncatable: bool = False                    # may a prompt that is too long lose its beginning? a dialogue may, a passage may not
     extra: dict = field(default_factory=dict)
 
 
@@ -49,6 +49,9 @@ class Data:
     held_out: list[Group]
     dropped: Counter                     # reason -> how many
     source: str                          # what was read, in words
+
+    def train_texts(self) -> list[str]:
+        return [group.prompt + response.text for group in self.train for response in group.responses]
 
 
 # ------------------------------------------------------------------------------------------------------------ lines
@@ -74,17 +77,17 @@ def _objects(path):
 
 def _number(value):
     """A number that float32 holds: NaN, infinity and integers of 400 digits are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT32
 
 
 # ------------------------------------------------------------------------------------------------------ groups JSONL
 
-def make_group(prompt, responses, cut=False, extra=None):
+def make_group(prompt, responses, truncatable=False, extra=None):
     """The whitespace rule, in the one place where groups are born."""
     bare = prompt.rstrip(" ")
     for response in responses:
         response.text = prompt[len(bare):] + response.text
-    return Group(bare, responses, cut, extra or {})
+    return Group(bare, responses, truncatable, extra or {})
 
 
 def _parse_response(value, where):
@@ -113,8 +116,8 @@ def read_groups(path):
         where = f"{path}:{number}"
         if not isinstance(value.get("prompt"), str):
             raise InputError(f"{where}: no \"prompt\" (a string) among {str(sorted(value)[:6])[:200]}")
-        if value["prompt"].endswith(" " * (MOST_SPACES + 1)):
-            raise InputError(f"{where}: the prompt ends in more than {MOST_SPACES} spaces, which every response would begin with; remove them")
+        if value["prompt"].endswith(" " * (MAX_TRAILING_SPACES + 1)):
+            raise InputError(f"{where}: the prompt ends in more than {MAX_TRAILING_SPACES} spaces, which every response would begin with; remove them")
         if not isinstance(value.get("responses", []), list):
             raise InputError(f"{where}: \"responses\" is not a list")
         if not isinstance(value.get("cut", False), bool):
@@ -138,7 +141,7 @@ def write_groups(groups):
         for r in group.responses:
             known = {"text": r.text, "place": r.place, "label": r.label, "scores": r.scores, "ended": None if r.ended else False}
             responses.append({**{key: item for key, item in known.items() if item is not None}, **r.extra})
-        lines.append({"prompt": group.prompt, "responses": responses, **({"cut": True} if group.cut else {}), **group.extra})
+        lines.append({"prompt": group.prompt, "responses": responses, **({"cut": True} if group.truncatable else {}), **group.extra})
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     return text.encode("utf-8", "backslashreplace")              # half a surrogate pair, which UTF-8 lacks, becomes JSON's own \uXXXX
 
@@ -183,8 +186,8 @@ def read_fairytaleqa(folder, split):
                 dropped["empty question"] += 1
             else:
                 length += 0 if tuple(names) in passages else sum(len(sections[name][0]) for name in names)
-                if length > LARGEST_FILE:
-                    raise InputError(f"{path}:{number}: its passages have more than {LARGEST_FILE:,} letters, naming sections again and again")
+                if length > MAX_FILE_BYTES:
+                    raise InputError(f"{path}:{number}: its passages have more than {MAX_FILE_BYTES:,} letters, naming sections again and again")
                 group = passages.setdefault(tuple(names), {})
                 text = " " + " ".join(row["question"].split())
                 dropped["question asked twice of one passage"] += text in group
@@ -216,7 +219,7 @@ def read_hh(path):
             dropped["empty answer"] += 1
         else:
             pair = [Response(chosen, place=0, label=1), Response(rejected, place=1, label=0)]
-            groups.append(make_group(prompt, pair, cut=True))
+            groups.append(make_group(prompt, pair, truncatable=True))
     return groups, dropped
 
 
@@ -282,7 +285,7 @@ class Judgement:
     targets: list[list[float]]           # +1 for each comparison won, -1 for each lost
 
 
-def judge(responses, labels="auto"):
+def derive_labels(responses, labels="auto"):
     """Places, labels and targets from whichever kind of judgement a group carries ("auto": place, else label, else scores).
 
     places -> labels: the better half good, the worse half bad, a tie across the middle left out.
@@ -307,7 +310,7 @@ def judge(responses, labels="auto"):
     return Judgement(place, label, [[1.0] * w + [-1.0] * l for w, l in zip(won, lost)])
 
 
-def good_responses(groups):
+def keep_preferred(groups):
     """What a supervised policy learns from: not label 0, and where places tell responses apart, only the best of them.  -> (groups, how many left out)"""
     kept, left_out = [], 0
     for group in groups:
@@ -315,10 +318,10 @@ def good_responses(groups):
         responses = [r for r in group.responses if (r.label == 1 if r.label is not None else r.place in (None, best))]
         left_out += len(group.responses) - len(responses)
         if responses:
-            kept.append(Group(group.prompt, responses, group.cut, group.extra))
+            kept.append(Group(group.prompt, responses, group.truncatable, group.extra))
     return kept, left_out
 
 
-def apart(groups):
+def split_into_pairs(groups):
     """C(K,2) groups of two out of each group: what paper A found to overfit, because the pairs of a prompt are then in different minibatches."""
-    return [Group(group.prompt, list(pair), group.cut, group.extra) for group in groups for pair in combinations(group.responses, 2)]
+    return [Group(group.prompt, list(pair), group.truncatable, group.extra) for group in groups for pair in combinations(group.responses, 2)]

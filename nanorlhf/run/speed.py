@@ -8,82 +8,30 @@ import re
 import resource
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-LARGE = 2**18              # weights from which on a product is worth a detour
 BLOCK = 128                # FlexAttention computes columns by the block
 BEFORE = ("c_attn", "q_proj", "k_proj", "v_proj")      # of the last block, what every column needs
 
 
-def tune(trunk, device, dtype, compile=False, recompute=False):
-    """Chooses how a trunk computes.
-
-    compile: the blocks as fused kernels, on CUDA with FlexAttention;  recompute: keep only each block's input for the backward.
-    float32 on a CPU: large products by oneDNN, as torch's own MKL is a tenth slower where there are hundreds of columns, and half as
-    fast for the few of a decoding step.
-    """
-    trunk.recompute = recompute
-    if compile:
-        trunk.flex = device.type == "cuda" and dtype != "float64"
-        torch._dynamo.config.recompile_limit = 64        # policy, reference and reward model share one count: with and without gradients, first, last and other layers
-        for block in trunk.blocks:
-            block.compile(dynamic=True)
-    elif device.type == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available():
-        trunk.product = large_product
-        for layer in trunk.modules():
-            weight = getattr(layer, "weight", None)
-            if weight is not None and weight.ndim == 2 and weight.numel() >= LARGE and not isinstance(layer, nn.Embedding):
-                layer.forward = types.MethodType(_layer_product, layer)
 
 
-def onednn(x, weight, bias=None):
-    """x (n,in), weight (out,in) or a transposed view of that shape  ->  x W^T + b"""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class Product(torch.autograd.Function):
-    """x W + b by oneDNN, with its gradients. W is (out,in), as nn.Linear stores it, or (in,out), as GPT-2.  x (n,in)  ->  (n,out)"""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, out_first):
-        ctx.save_for_backward(x, weight)
-        ctx.out_first = out_first
-        return onednn(x, weight if out_first else weight.t(), bias)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x, weight), (of_x, of_weight, of_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
-        both = (gradient.t(), x.t()) if ctx.out_first else (x.t(), gradient.t())       # in the weight's own layout, so that nothing is copied
-        return (onednn(gradient, weight.t() if ctx.out_first else weight) if of_x else None, onednn(*both) if of_weight else None,
-                gradient.sum(0) if of_bias else None, None)
 
 
-def _product(x, weight, bias, out_first):
-    """`Product`, or where nobody wants gradients its forward alone: a decoding step makes hundreds of small calls."""
-    if torch.is_grad_enabled():
-        return Product.apply(x, weight, bias, out_first)
-    return onednn(x, weight if out_first else weight.t(), bias)
 
 
-def _layer_product(layer, x):
-    """The forward of a large nn.Linear or gpt2.Projection.  x (n,in) -> (n,out)"""
-    return _product(x, layer.weight, layer.bias, isinstance(layer, nn.Linear))
 
 
-def large_product(x, weight):
-    """F.linear for a large head; what is small stays where it was."""
-    return _product(x, weight, None, True) if x.ndim == 2 and weight.numel() >= LARGE else F.linear(x, weight)
 
 
 # ------------------------------------------------------------------------------------------------------- how fast it is
 
 @functools.cache
-def product_rate(device, dtype, repeats=3):
+def measured_flops(device, dtype, repeats=3):
     """Operations a second of a large matrix product in this number format: the best of a few."""
     n = 8192 if device.type == "cuda" else 1024
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]
@@ -103,7 +51,7 @@ def _now(device):
     return time.perf_counter()
 
 
-def forward_operations(trunk, rows, head):
+def forward_flops(trunk, rows, head):
     """Operations of one forward over rows (batching.Row).
 
     head: logits of every response token (a policy); else only each response's last column is read (a reward model). After the last
@@ -113,13 +61,18 @@ def forward_operations(trunk, rows, head):
     last = f"{len(trunk.blocks) - 1}."
     late = sum(size for name, size in matrices if name.startswith(last) and not any(word in name for word in BEFORE))
     every = sum(size for _, size in matrices) - late
-    columns = sum(row.columns for row in rows)
+    columns = sum(row.num_tokens for row in rows)
     read = sum(sum(map(len, row.responses)) if head else len(row.responses) for row in rows)
     seen = sum(len(row.prompt) * (len(row.prompt) + 1) // 2 + sum(len(r) * (len(r) + 1) // 2 + len(r) * len(row.prompt) for r in row.responses)
                for row in rows)                                                        # pairs of columns that attend
     heads = next(size for name, size in matrices if name.endswith(("attn.c_proj.weight", "attn.o_proj.weight"))) // trunk.width     # of all heads, their width
     table = trunk.config.vocab_size * trunk.width                                      # the head
     return 2 * (columns * every + read * late) + 4 * len(trunk.blocks) * heads * seen + 2 * read * table * head
+
+
+def describe_model(trunk, model):
+    """Words for a run's header."""
+    return f"{trunk.family}, {sum(p.numel() for p in model.parameters()):,} parameters"
 
 
 def peak_memory(device):
@@ -136,15 +89,15 @@ class Meter:
     """What a training step's log says of its speed, over all processes."""
 
     def __init__(self, trunk, device, dtype, processes=1):
-        self.trunk, self.limit = trunk, product_rate(device, dtype) * processes
+        self.trunk, self.limit = trunk, measured_flops(device, dtype) * processes
 
     def __str__(self):
         kind = f"FlexAttention, padded to {BLOCK} columns a micro-batch" if self.trunk.flex else "a dense mask a row, no padding"
-        return f"{self.limit / 1e9:.0f} GFLOP/s in a matrix product, the limit that `share` refers to; attention by {kind}"
+        return f"{self.limit / 1e9:.0f} GFLOP/s in a matrix product, the limit that mfu refers to; attention by {kind}"
 
     def __call__(self, rows, plans, operations, seconds):
         """rows of the step, each process's plan of micro-batches, operations counted, seconds  ->  numbers by name"""
-        sizes = [sum(rows[i].columns for i in part) for plan in plans for part in plan]
+        sizes = [sum(rows[i].num_tokens for i in part) for plan in plans for part in plan]
         computed = sum(size + (-size % BLOCK if self.trunk.flex else 0) for size in sizes)
         return {"tokens": sum(sizes), "tokens_per_second": sum(sizes) / seconds, "padding": 1 - sum(sizes) / computed,
-                "share": operations / seconds / self.limit, "seconds": seconds}
+                "mfu": operations / seconds / self.limit, "seconds": seconds}

@@ -7,7 +7,6 @@ RUN/SHA256SUMS                     of these files; RUN/model/ has its own
 """
 import dataclasses
 import json
-import math
 import os
 import re
 from importlib import metadata
@@ -15,17 +14,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
+from ..io.files import (
+    SUMS,
+    file_damage,
+    folder_damage,
+    lock_folder,
+    partial_files,
+    read_checksums,
+    replace_all,
+)
+from ..io.hub import read_json, save_tensors
+from ..io.read import InputError, parse_json
 from . import dist
-from .batching import Row
-from .checkpoint import read_json, save_tensors
-from .config import InputError, parse_json
-from .files import SUMS, broken, damage, halves, hold, replace_all, sums
 
 KEEP = 2                   # states: if the newest is damaged, the one before is there
-PATIENCE = 3               # steps in a row that are not finite, until the run stops
-REPORTS = 3                # of them, how many are written: each is as large as the model
 
 
 def states(out):
@@ -41,17 +44,17 @@ def _step(path):
 
 def resumable(config, script):
     """Is this a new run, or the same one again? Other flags than the run was started with are refused.  -> true where there is a state to resume"""
-    return dist.first(lambda: _resumable(Path(config.out), dataclasses.asdict(config), script))
+    return dist.on_rank_zero(lambda: _resumable(Path(config.out), dataclasses.asdict(config), script))
 
 
 def _resumable(out, flags, script):
     if not (out / "config.json").exists() and not states(out):
-        if out.exists() and (not out.is_dir() or {*out.iterdir()} - {*halves(out), out / SUMS}):      # halves, SUMS: killed in its first write
+        if out.exists() and (not out.is_dir() or {*out.iterdir()} - {*partial_files(out), out / SUMS}):      # halves, SUMS: killed in its first write
             raise InputError(f"--out {out}: exists and is not a run of ours; name another folder")
         return False
     before = _started_with(out)
     if not states(out) and before["script"] == script:
-        if not halves(out) and any(name.startswith("state-") for name in sums(out)):
+        if not partial_files(out) and any(name.startswith("state-") for name in read_checksums(out)):
             raise InputError(f"--out {out}: its states are gone, so it cannot go on; name another folder, or remove this one")
         return False                             # it never saved anything: nothing is lost by starting again with other flags
     if before["script"] != script:
@@ -73,9 +76,9 @@ def _started_with(out):
     said = []
     for path in [out / "config.json", *states(out)]:
         try:
-            if wrong := damage(path):
+            if wrong := file_damage(path):
                 raise InputError(f"{out}: {wrong}")
-            found = _about(path) if path.suffix == ".safetensors" else read_json(path)
+            found = read_metadata(path) if path.suffix == ".safetensors" else read_json(path)
             if type(found.get("script")) is not str or type(found.get("flags")) is not dict or type(found["flags"].get("steps")) is not int:
                 raise InputError(f"{path}: does not say which script made it, with which flags")
         except InputError as error:
@@ -87,20 +90,20 @@ def _started_with(out):
     raise InputError(f"{said[0]}, and no state is whole; remove the folder to start again")
 
 
-HELD = []                  # the lock on this process's run folder: it goes with the process, or to its next run
+LOCKS = []                  # the lock on this process's run folder: it goes with the process, or to its next run
 
 
-def _hold(out):
+def _lock(out):
     """Of two runs in one folder each would take away the other's files."""
-    while HELD:
-        os.close(HELD.pop())
+    while LOCKS:
+        os.close(LOCKS.pop())
     try:
-        HELD.append(hold(out))
+        LOCKS.append(lock_folder(out))
     except BlockingIOError:
         raise InputError(f"--out {out}: another process is at work there; wait for it, or stop it") from None
 
 
-def begin(config, script, parent):
+def write_config(config, script, parent):
     """Writes the run's config.json: from here on the folder is a run."""
     versions = {name: metadata.version(name) for name in ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")}
 
@@ -110,11 +113,11 @@ def begin(config, script, parent):
         values = {"script": script, "flags": dataclasses.asdict(config), "versions": versions, "parent": lineage if "flags" in lineage else None}
         try:
             out.mkdir(parents=True, exist_ok=True)
-            _hold(out)
+            _lock(out)
             replace_all(out, {"config.json": (json.dumps(values, indent=1) + "\n").encode()})
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
-    dist.first(write)
+    dist.on_rank_zero(write)
 
 
 # ---------------------------------------------------------------------------------------------------------------- states
@@ -124,7 +127,7 @@ def save(config, script, model, optimizer, step, export, **numbers):
 
     step: finished steps;  numbers: what else changes (the KL coefficient)
     """
-    dist.first(lambda: (export(), _save(config, script, model, optimizer, step, numbers)))
+    dist.on_rank_zero(lambda: (export(), _save(config, script, model, optimizer, step, numbers)))
 
 
 def _save(config, script, model, optimizer, step, numbers):
@@ -134,14 +137,14 @@ def _save(config, script, model, optimizer, step, numbers):
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value.cpu()
     flags = {key: value for key, value in dataclasses.asdict(config).items() if key != "out"}
-    about = {"script": script, "flags": flags, "step": step, "threads": torch.get_num_threads(), "processes": dist.world(), **numbers}
+    about = {"script": script, "flags": flags, "step": step, "threads": torch.get_num_threads(), "processes": dist.world_size(), **numbers}
     earlier = [path for path in states(config.out) if _step(path) < step]
     stay = {path.name for path in earlier[: KEEP - 1]}                 # later ones are damaged, or the run would have gone on from there
     gone = [path.name for path in states(config.out) if path.name not in stay and _step(path) != step]
     replace_all(config.out, {f"state-{step:06}.safetensors": save_tensors(tensors, {"run": json.dumps(about)})}, gone)
 
 
-def _about(path):
+def read_metadata(path):
     """What a state or a report says of itself.  -> dict"""
     try:
         with safe_open(path, framework="pt") as file:
@@ -155,32 +158,32 @@ def load(config, model, optimizer, fresh):
 
     fresh: the numbers of a new run  ->  those of this one
     """
-    numbers = dist.first(lambda: _load(config, model, optimizer, {**fresh, "threads": 1, "processes": 1}))
+    numbers = dist.on_rank_zero(lambda: _load(config, model, optimizer, {**fresh, "threads": 1, "processes": 1}))
     if numbers["moments"]:
         for parameter in model.parameters():
             if dist.rank() > 0:
                 optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu"),
                                               "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            dist.share(optimizer.state[parameter].values())
-    same = numbers["processes"] == dist.world()
+            dist.broadcast(optimizer.state[parameter].values())
+    same = numbers["processes"] == dist.world_size()
     if same:
         torch.set_num_threads(numbers["threads"])                      # sums are split by threads: another number gives other last bits
-    print(f"resuming at step {numbers['step']}" + ("" if same else f", to rounding: it had {numbers['processes']} processes, now {dist.world()}"))
+    print(f"resuming at step {numbers['step']}" + ("" if same else f", to rounding: it had {numbers['processes']} processes, now {dist.world_size()}"))
     return {name: numbers[name] for name in fresh}
 
 
 def _load(config, model, optimizer, wanted):
     out = Path(config.out)
-    broken_model = broken(out / "model")
+    broken_model = folder_damage(out / "model")
     said = [f"{out / 'model'}: {broken_model}"] if broken_model and states(out) else []
     for path in states(out):
         if broken_model and _step(path) == config.steps:               # at the end there is no next save that writes the model again
             continue
         optimizer.state.clear()
         try:
-            if wrong := damage(path):
+            if wrong := file_damage(path):
                 raise ValueError(wrong)
-            numbers = _fill(path, model, optimizer, wanted)
+            numbers = _restore(path, model, optimizer, wanted)
         except torch.OutOfMemoryError:
             raise                                # nothing is wrong with the file
         except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -195,9 +198,9 @@ def _load(config, model, optimizer, wanted):
 
 
 @torch.no_grad()
-def _fill(path, model, optimizer, wanted):
+def _restore(path, model, optimizer, wanted):
     """wanted: numbers as an example of those that must be there.  -> the numbers"""
-    numbers, parameters = _about(path), dict(model.named_parameters())
+    numbers, parameters = read_metadata(path), dict(model.named_parameters())
     for key, value in wanted.items():
         if type(numbers[key]) is not type(value) or not 0 <= numbers[key] < 2**31 or key in ("threads", "processes") and not 0 < numbers[key] < 2**16:
             raise ValueError(f"{key} is {numbers[key]!r:.40}")
@@ -217,62 +220,5 @@ def _fill(path, model, optimizer, wanted):
 
 # ------------------------------------------------------------------------------------------------- steps that are not finite
 
-class Finite:
-    """Is a step's loss and gradient finite, at all processes? If not, the step is not taken, and a file is written that reproduces it."""
-
-    def __init__(self, config, script, model, skipped=0, in_a_row=0):
-        self.config, self.script, self.model, self.skipped, self.in_a_row = config, script, model, skipped, in_a_row
-        self.began = "a step before this start"
-
-    def numbers(self):
-        """For the state: a run that goes on counts on."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
-
-    def __call__(self, step, rows, plans, losses, norms, **tensors):
-        """rows of the step, each process's micro-batches of them, losses of these, gradient norms of the processes; tensors (rows, ...): what else
-        the loss depends on.  -> may the step be taken?  Raises FloatingPointError after PATIENCE in a row.
-        """
-        if all(map(math.isfinite, sum(losses, []) + list(norms))):
-            self.in_a_row = 0
-            return True
-        first = self._first(rows, plans, losses)
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        message = f"step {step}: not finite, first {first}"
-        if self.in_a_row == 1:
-            message += dist.first(lambda: self._report(step, rows, message, tensors))
-            self.began = message
-        if self.in_a_row >= PATIENCE:
-            raise FloatingPointError(f"{PATIENCE} steps in a row are not finite, and were not taken; they began at {self.began}")
-        print(f"  warning: {message}; the step is not taken")
-        self.model.zero_grad(set_to_none=True)
-        return False
-
-    def _first(self, rows, plans, losses):
-        """Where it began, in words: in the forward of some rows, or later, in the backward."""
-        for process, (parts, of_parts) in enumerate(zip(plans, losses)):
-            for micro_batch, (part, loss) in enumerate(zip(parts, of_parts)):
-                if not math.isfinite(loss):
-                    return f"the loss of rows {[rows[i].index for i in part]} of the data, micro-batch {micro_batch} of process {process}"
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return f"the gradient of {name}, all losses are finite"
-        return "the gradient's norm, each gradient is finite"
-
-    def _report(self, step, rows, message, tensors):
-        out = Path(self.config.out)
-        if len(list(out.glob("nonfinite-*.safetensors"))) >= REPORTS:
-            return ""
-        file = f"nonfinite-{step:06}.safetensors"
-        about = {"script": self.script, "step": step, "message": message, "flags": dataclasses.asdict(self.config), "rows": [dataclasses.asdict(row) for row in rows]}
-        weights = {f"model.{name}": parameter.detach().cpu() for name, parameter in self.model.named_parameters()}
-        replace_all(out, {file: save_tensors(weights | tensors, {"run": json.dumps(about)})})
-        return f"; reproduced by {out / file}"
 
 
-@torch.no_grad()
-def reproduce(path, model):
-    """Fills a model of the same kind with the weights of a report of `Finite`.  -> (rows, tensors of the loss, what was said and with which flags)"""
-    about, tensors = _about(path), load_file(path)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors.pop(f"model.{name}"))
-    return [Row(**row) for row in about.pop("rows")], tensors, about

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-import regex                                   # tiktoken depends on it; `re` knows no \p{L}
+import regex  # tiktoken depends on it; `re` knows no \p{L}
 import sentencepiece
 import tiktoken
 
@@ -22,11 +22,11 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>")
 # Copied by save(). A tokenizer.json beside tokenizer.model is for transformers, whose own conversion of the model gets double spaces wrong.
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-LARGEST_FILE = 2**27                           # bytes: a tokenizer.json of 256 thousand tokens has 33 million
+MAX_TOKENIZER_BYTES = 2**27                           # bytes: a tokenizer.json of 256 thousand tokens has 33 million
 SPARSEST = 4                                   # ids a token, for vocab_size is the embedding's: real ones have no gaps, or few
 MOST_MERGING = 2**26                           # squared lengths of all tokens, what merging them takes; Llama 3's have 9 million
 LONGEST_PATTERN, MOST_STEPS = 1000, 16         # of a pre_tokenizer: Llama 3's has 130 characters and two steps
-PATIENCE = 1.0                                 # seconds for a pattern on 1,000 equal letters: Llama 3's needs 0.01 on spaces, a*a*a*a*b for ever
+REGEX_TIMEOUT = 1.0                                 # seconds for a pattern on 1,000 equal letters: Llama 3's needs 0.01 on spaces, a*a*a*a*b for ever
 # GPT-2 writes each byte as one printable character: itself, or, for space, control and a few more, one from 256 on ("Ġ" is a space).
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(b): b for b in _printable} | {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(_printable)))}
@@ -259,7 +259,7 @@ def _split_rules(rules, refuse):
         compiled = [regex.compile(pattern) for pattern in patterns]
         for pattern in compiled:
             for letter in {*"a1 .", *pattern.pattern}:
-                all(pattern.finditer(letter * 1000 + "\0" + pattern.pattern, timeout=PATIENCE))
+                all(pattern.finditer(letter * 1000 + "\0" + pattern.pattern, timeout=REGEX_TIMEOUT))
     except (regex.error, TimeoutError) as error:
         refuse(f"a split pattern ({error})")
     return compiled
@@ -360,8 +360,8 @@ def _valid(text):
 
 
 def _read(path):
-    if path.stat().st_size > LARGEST_FILE:
-        raise ValueError(f"{path}: more than {LARGEST_FILE:,} bytes, no tokenizer file is so large; download it again")
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise ValueError(f"{path}: more than {MAX_TOKENIZER_BYTES:,} bytes, no tokenizer file is so large; download it again")
     return path.read_bytes()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 SUMS = "SHA256SUMS"
 
 
-def _beside(path, content):
+def _write_temporary(path, content):
     """The new content under another name, on the disk.  content: bytes, or a function that writes the file whose path it is given"""
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -43,7 +43,7 @@ def _rename(besides):
         os.close(folder)
 
 
-def hold(folder):
+def lock_folder(folder):
     """The folder is this process's until the descriptor that it gets is closed, or it ends, however. Raises BlockingIOError where another has it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -56,7 +56,7 @@ def hold(folder):
     return descriptor
 
 
-def halves(folder):
+def partial_files(folder):
     """What a killed process may have left in a folder: our NAME.tmp, safetensors' .tmpABCDEF."""
     return [path for path in Path(folder).glob("*") if path.suffix == ".tmp" or path.name.startswith(".tmp")]
 
@@ -64,18 +64,18 @@ def halves(folder):
 def replace(path, content):
     """A reader sees the old file or the new one, never half of one.  content: bytes, or a function that writes the path it is given"""
     path = Path(path)
-    _rename({path: _beside(path, content)})
+    _rename({path: _write_temporary(path, content)})
 
 
 def replace_all(folder, contents, remove=()):
     """Replaces files (name -> content) of a folder and their lines in SHA256SUMS, then removes others. Each file is whole at every instant."""
     folder, besides = Path(folder), {}
-    for half in halves(folder):                  # of one who was killed here
+    for half in partial_files(folder):                  # of one who was killed here
         half.unlink()
     try:
         for name, content in contents.items():
-            besides[folder / name] = _beside(folder / name, content)
-        known = {name: digests for name, digests in sums(folder).items() if (folder / name).exists()}
+            besides[folder / name] = _write_temporary(folder / name, content)
+        known = {name: digests for name, digests in read_checksums(folder).items() if (folder / name).exists()}
         new = {path.name: {_sha256(beside)} for path, beside in besides.items()}
         old = {name: known.get(name) or {_sha256(folder / name)} for name in new if (folder / name).exists()}
         _write_sums(folder, known | {name: new[name] | old.get(name, set()) for name in new})
@@ -98,7 +98,7 @@ def _write_sums(folder, known):
     replace(folder / SUMS, "".join(f"{digest}  {name}\n" for name in sorted(known) for digest in sorted(known[name])).encode())
 
 
-def sums(folder):
+def read_checksums(folder):
     """What SHA256SUMS says.  -> {name: set of digests}; empty where there is none, a line that is none says nothing"""
     path, found = Path(folder) / SUMS, {}
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -109,18 +109,18 @@ def sums(folder):
     return found
 
 
-def broken(folder):
+def folder_damage(folder):
     """What is wrong first with the files that a folder's SHA256SUMS lists, or with the list itself, in words; None where nothing is."""
     path = Path(folder) / SUMS
     if not path.is_file() or not path.read_bytes().endswith(b"\n"):
         return f"{SUMS} is gone or cut"
-    return next(filter(None, (damage(path.with_name(name)) for name in sums(folder))), None)
+    return next(filter(None, (file_damage(path.with_name(name)) for name in read_checksums(folder))), None)
 
 
-def damage(path):
+def file_damage(path):
     """What is wrong with a file that SHA256SUMS beside it lists, in words; None where nothing is, or it is not listed."""
     path = Path(path)
-    listed = sums(path.parent).get(path.name)
+    listed = read_checksums(path.parent).get(path.name)
     if listed and not path.is_file():
         return f"{path.name} is gone"
     if listed and _sha256(path) not in listed:

@@ -5,10 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-from .files import replace
+from ..io.files import replace
 
 
-def clean(value):
+def to_json(value):
     """Floats as JSON allows them: NaN and infinity become null; seven digits are enough to plot and to compare."""
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
@@ -51,7 +51,7 @@ class Log:
         if self.writes:
             file = self.files[name]
             try:
-                file.write(json.dumps({key: clean(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({key: to_json(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
                 file.flush()
             except OSError as error:             # the disk is full: Python does not say which file
                 raise OSError(error.errno, error.strerror, file.name) from None
@@ -62,12 +62,12 @@ class Log:
         shown = "  ".join(f"{key} {numbers[key]:.4g}" for key in self.show)
         print(f"step {step + 1}/{self.steps}  {shown}  left {left / 60:.1f} min", flush=True)
 
-    def evaluation(self, step, **numbers):
+    def eval(self, step, **numbers):
         """A line of its own with eval_ names; `step` counts finished steps minus one, as in `step`."""
         self._write("metrics", {"step": step, **numbers})
         print("  ".join(["  held out:"] + [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()]), flush=True)
 
-    def sample(self, step, prompt, response, **more):
+    def text(self, step, prompt, response, **more):
         """A text, in the file whole, on the terminal the prompt's end only."""
         self._write("samples", {"step": step, "prompt": prompt, "response": response, **more})
         numbers = "  ".join(f"{key} {value:.3g}" for key, value in more.items() if isinstance(value, float))

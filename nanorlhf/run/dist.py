@@ -9,25 +9,20 @@ import ctypes
 import errno
 import json
 import os
-import signal
 import sys
-import time
 
 import torch
 from torch import distributed
 
-from . import config
-from .config import InputError
-
-AGAIN = 1.0                # seconds: torchrun passes on a Ctrl-C that the terminal has sent to everyone; a person takes longer to press it again
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}       # exit codes of a run that has saved and left; 75 is sysexits' "try again later"
+from ..io.read import InputError
+from . import cli
 
 
 def rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def world():
+def world_size():
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
@@ -39,10 +34,10 @@ def setup(device, seed):
     Process 0 alone prints.  -> torch.device.  Raises OSError for a device that is not there.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1" and not distributed.is_initialized():
-        _join()
+        _init_process_group()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if world() > 1 and device.startswith("cuda"):
+    if world_size() > 1 and device.startswith("cuda"):
         if device != "cuda":
             raise InputError(f"--device {device}: torchrun gives each process its own GPU; say cuda")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -52,7 +47,7 @@ def setup(device, seed):
     except Exception as error:                   # torch raises AssertionError or RuntimeError, by its build
         raise OSError(errno.ENODEV, f"not usable here ({str(error).splitlines()[0]})", f"--device {device}") from None
     if device.type == "cpu":
-        _keep_memory()
+        _keep_freed_memory()
     elif device.index is not None:
         torch.cuda.set_device(device)            # NCCL and new tensors go where the model is
     torch.manual_seed(seed)
@@ -63,12 +58,12 @@ def setup(device, seed):
     return device
 
 
-def _join():
+def _init_process_group():
     """Tensors on GPUs are added up by NCCL, everything else by gloo."""
     told = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     if not all(told.values()) or not all(value.isdigit() for name, value in told.items() if name != "MASTER_ADDR"):
         raise InputError(f"several processes are started by torchrun, which sets all of {told}")
-    with _together():
+    with _collective_errors():
         store, number, size = next(distributed.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == told["WORLD_SIZE"]:
             # torchrun's store outlives a restart, and with it the addresses of processes that are dead. On several machines
@@ -84,12 +79,12 @@ def _join():
             return said.add("anything", 1) == 1 if echo else said.add("anything", 1) and said.add(message, 1) == 1
         except RuntimeError:                     # the store has gone with the process that held it
             return True
-    config.first_to_say = first_to_say
+    cli.should_report = first_to_say
     if number > 0:
         sys.stdout = open(os.devnull, "w")
 
 
-def _keep_memory():
+def _keep_freed_memory():
     """Freed memory stays with the process: a step frees and asks for the same gigabytes again, and fresh pages cost a fifth of its time.
 
     glibc's mallopt (3): no mmap for large blocks, nothing given back at the top. Another libc goes on as it is.
@@ -104,7 +99,7 @@ def _keep_memory():
 # ----------------------------------------------------------------------------------------------------------- together
 
 @contextlib.contextmanager
-def _together():
+def _collective_errors():
     """A collective call ends with an error where another process has ended."""
     try:
         yield
@@ -112,38 +107,47 @@ def _together():
         raise ConnectionError(errno.ECONNRESET, f"lost another process ({str(error).splitlines()[0][:120]})", f"process {os.environ['RANK']}") from None
 
 
-def everyone(value):
+def all_gather_object(value):
     """What each process has to say, in order of rank, told to all.  value: anything that JSON holds  ->  list of world() values"""
     text = json.dumps(value).encode()
-    if world() == 1:
+    if world_size() == 1:
         return [json.loads(text)]
-    sizes = torch.zeros(world(), dtype=torch.long)
+    sizes = torch.zeros(world_size(), dtype=torch.long)
     sizes[rank()] = len(text)
-    add(sizes)
+    all_reduce(sizes)
     texts = [torch.zeros(int(sizes.max()), dtype=torch.uint8) for _ in sizes]
     mine = torch.zeros_like(texts[0])
     mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    with _together():
+    with _collective_errors():
         distributed.all_gather(texts, mine)
     return [json.loads(bytes(text[:size].numpy())) for text, size in zip(texts, sizes.tolist())]
 
 
-def add(tensor):
+def gather_by_index(n, local_ids, local_values):
+    """Every process's values (anything that JSON holds), in the order of the n indices that they share.  -> list of n"""
+    values = [None] * n
+    for pairs in all_gather_object(list(zip(local_ids, local_values))):
+        for i, value in pairs:
+            values[i] = value
+    return values
+
+
+def all_reduce(tensor):
     """Sums a tensor over all processes, in place. What one process alone has filled, and the others left 0, arrives as it is."""
-    if world() > 1:
-        with _together():
+    if world_size() > 1:
+        with _collective_errors():
             distributed.all_reduce(tensor)
 
 
-def add_gradients(model):
+def all_reduce_gradients(model):
     """Sums every gradient over all processes, in place: losses are sums over counts of the whole step, so their gradients add up.
 
     A process without a row has zeros. One call a parameter, all under way at once, always in the same order: the bits of a sum
     do not depend on when a run was resumed, as they would with buckets that are laid out anew after the first step.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
-    with _together():
+    with _collective_errors():
         waiting = []
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -154,15 +158,15 @@ def add_gradients(model):
             work.wait()
 
 
-def share(tensors):
+def broadcast(tensors):
     """Process 0's tensors become everyone's, in place."""
-    if world() > 1:
-        with _together(), torch.no_grad():
+    if world_size() > 1:
+        with _collective_errors(), torch.no_grad():
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
 
-def first(work):
+def on_rank_zero(work):
     """Process 0 does the work - it alone reads and writes the run folder - while the others wait.
 
     -> what it returned (JSON), at every process; its InputError or OSError too, so that all of them end alike
@@ -175,38 +179,10 @@ def first(work):
             told, error = {"mistake": str(problem)}, problem
         except OSError as problem:
             told, error = {"system": [problem.errno, problem.strerror or str(problem), problem.filename and str(problem.filename)]}, problem
-    told = everyone(told)[0]
+    told = all_gather_object(told)[0]
     if "answer" not in told:
         raise error or (InputError(told["mistake"]) if "mistake" in told else OSError(*told["system"]))
     return told["answer"]
 
 
 # --------------------------------------------------------------------------------------------------------------- stop
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked for it, everything is saved; `code` is the exit code."""
-
-    def __init__(self, number):
-        super().__init__("stopped; the same command goes on from the last save")
-        self.code = CODES[number]
-
-
-class Stop:
-    """Ctrl-C and SIGTERM let the step finish; the loop then saves and leaves. `asked` is the signal's number, or 0. A second Ctrl-C leaves at once."""
-
-    def __init__(self):
-        self.asked, self.since = 0, 0.0
-        for name in CODES:
-            signal.signal(name, self._ask)
-
-    def _ask(self, number, _):
-        if self.asked and number == signal.SIGINT and time.monotonic() - self.since > AGAIN:
-            raise Stopped(number)
-        self.asked, self.since = number, time.monotonic()
-
-
-# -------------------------------------------------------------------------------------------------------------- forward
-
-def autocast(model, dtype):
-    """The forward's number format: bfloat16 for the matrix products, while weights, softmax, losses and optimizer stay float32."""
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=dtype == "bfloat16")

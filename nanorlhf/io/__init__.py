@@ -1,0 +1,1 @@
+"""What comes in and goes out: data, tokenizers, model folders, files."""

@@ -1,0 +1,1 @@
+"""What every long job needs: command line, processes, run folder, log, optimizer, speed."""
