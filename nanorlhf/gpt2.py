@@ -1,13 +1,16 @@
-"""GPT-2, whole: no library and no base class.  [Radford et al. 2019; the layout is the published one]
+"""GPT-2, whole: no library and no base class.
 
-B rows, T columns per row, n of all B*T columns no padding, D width, H heads, d head width, V vocabulary.
+[Radford et al. 2019; the layout is the published one]
 
-A row holds a prompt and its K responses side by side. `branch` says which of them a column belongs to
-(0 the prompt, k response k, -1 padding), `positions` where it stands in its own text. Which column sees
-which is one rule: attention.prefix_mask.
+B rows, T columns per row, n of all B*T columns no padding, D width, H heads, d head width,
+V vocabulary.
 
-Parameter names and shapes are those of the published checkpoints, so a state dict is a file of theirs,
-key by key.
+A row holds a prompt and its K responses side by side. `branch` says which of them a column belongs
+to (0 the prompt, k response k, -1 padding), `positions` where it stands in its own text. Which
+column sees which is one rule: attention.prefix_mask.
+
+Parameter names and shapes are those of the published checkpoints, so a state dict is a file of
+theirs, key by key.
 """
 from dataclasses import dataclass
 
@@ -90,7 +93,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, layout: Layout, layer: int, keep: Tensor | None) -> Tensor:
-        """x (n,D) -> (n,D); after the last attention only the columns in `keep` (m,) are needed: -> (m,D)"""
+        """x (n,D) -> (n,D); with `keep` (m,), the columns that are wanted of the last layer: (m,D)"""
         residual = x if keep is None else x[keep]
         x = residual + self.attn(self.ln_1(x), layout, layer, keep)
         return x + self.mlp(self.ln_2(x))
@@ -117,7 +120,7 @@ class GPT2(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.01)
-        for block in self.h:                     # 2 n_layer sums in the residual stream: keep its variance
+        for block in self.h:                     # 2 n_layer terms add up: keep their variance
             for projection in (block.attn.c_proj, block.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
@@ -144,8 +147,9 @@ class GPT2(nn.Module):
         """Final hidden states, after the last LayerNorm.
 
         tokens, positions, branch (B,T) int64  ->  (B,T,D), 0 at padding
-        at: indices (m,) into the B*T columns, of those that are wanted; the others skip what only they need  ->  (m,D)
-        cache: the T columns stand behind those it holds, and are added to it.  lengths: see Layout.
+        at: indices (m,) into the B*T columns, of those that are wanted  ->  (m,D)
+        cache: the T columns stand behind those it holds, and are added to it
+        lengths: see attention.Layout
         """
         layout = Layout(branch, cache, lengths, self.flex)
         keep = layout.find(at)
@@ -160,6 +164,6 @@ class GPT2(nn.Module):
         return layout.scatter(x) if at is None else x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits, for the columns that need them: the head is the widest matrix.  (...,D) -> (...,V)"""
+        """Next-token logits, for the columns that need them.  (...,D) -> (...,V)"""
         head = self.wte if self.lm_head is None else self.lm_head
         return self.lm_head_matmul(hidden, head.weight)

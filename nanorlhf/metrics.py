@@ -1,4 +1,6 @@
-"""How good a reward model is: accuracy over pairs, AUC over labels, and whether a coin could do it."""
+"""How good a reward model is: accuracy over pairs, AUC over labels, and whether a coin could do
+it.
+"""
 from itertools import combinations
 
 import torch
@@ -8,9 +10,11 @@ from .batching import Row
 
 
 def pair_accuracy(rows: list[Row], scores: list[list[float]]) -> dict[str, float]:
-    """Over all pairs of unequal place within a group: how often the better response has the higher score, ties half.
+    """Over all pairs of unequal place within a group: how often the better response has the higher
+    score, ties half.
 
-    -> eval_accuracy, eval_pairs, and eval_accuracy_of_longer, which longer responses would have: a baseline without a model
+    -> eval_accuracy, eval_pairs, and eval_accuracy_of_longer, which longer responses would have: a
+    baseline without a model
     """
     right = longer = 0.0
     pairs = 0
@@ -35,7 +39,9 @@ def wins(a: float, b: float) -> float:
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
-    """Chance that a good response of any prompt outscores a bad one of any prompt, ties half.  (n,), (n,) bool -> float"""
+    """Chance that a good response of any prompt outscores a bad one of any prompt, ties half.
+    (n,), (n,) bool -> float
+    """
     good = scores[labels]
     bad = scores[~labels].sort().values
     if not len(good) or not len(bad):
@@ -46,5 +52,7 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def at_chance(accuracy: float, pairs: int) -> bool:
-    """Could a fair coin do this? Within 1.96 standard deviations of its share of heads, as if pairs were independent."""
+    """Could a fair coin do this? Within 1.96 standard deviations of its share of heads, as if pairs
+    were independent.
+    """
     return abs(accuracy - 0.5) <= 1.96 * (0.25 / max(pairs, 1)) ** 0.5
