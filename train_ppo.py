@@ -182,10 +182,9 @@ def generate_responses(setup, prompts, stream, step, k):
 
 @torch.no_grad()
 def score_responses(setup, rows, prompt_texts, step):
-    """Text to the reward, scores back: normalised, clipped, less the penalty for not ending.  ->
-    Rollout
+    """Text to the reward, scores back: normalised, clipped, less the penalty for not ending.
 
-    rows: as generated;  prompt_texts: all prompts' texts by row.index
+    rows: as generated;  prompt_texts: all prompts' texts by row.index  ->  Rollout
     """
     config, reward, eos_id = setup.config, setup.reward, setup.tokenizer.eos_id
     texts, ended = [], []
@@ -245,8 +244,7 @@ def evaluate_rollout(setup, rollout):
 # ----------------------------------------------------------------------- advantages
 
 def compute_advantages(rollout, kl_coef, config):
-    """Rewards per token, returns, and advantages by GAE, whitened over the rollout's response
-    tokens.
+    """Rewards per token, returns, and advantages by GAE, whitened over the whole rollout.
 
     -> rewards (G,K,R)
     """
@@ -263,25 +261,25 @@ def compute_advantages(rollout, kl_coef, config):
 
 # --------------------------------------------------------------------------- update
 
-def ppo_loss(setup, batch, old, num_tokens, num_responses):
+def ppo_loss(setup, batch, targets, num_tokens, num_responses):
     """The loss of a micro-batch, its numbers for the log, and the ratio that is farthest from 1.
 
-    old: Targets of its prompts;  num_tokens, num_responses: of the whole minibatch, on all
-    processes
+    targets: of its prompts;  num_tokens, num_responses: of the whole minibatch, on all processes
     """
     config = setup.config
     with precision.autocast(setup.policy, config.dtype):
         new = setup.policy(batch, config.temperature)
     mask = batch.response_mask
     policy_loss, clip_fraction = ppo.policy_loss(
-        new.logprobs, old.old_logprobs, old.advantages, mask, config.clip, num_tokens
+        new.logprobs, targets.old_logprobs, targets.advantages, mask, config.clip, num_tokens
     )
     value_loss, value_clip_fraction = ppo.value_loss(
-        new.values, old.values, old.returns, mask, config.value_clip, num_tokens
+        new.values, targets.values, targets.returns, mask, config.value_clip, num_tokens
     )
     new_logprobs = new.logprobs.detach()
-    approx_kl = ppo.masked_mean(ppo.kl_k3(old.old_logprobs, new_logprobs), mask, num_responses)
-    ratio = torch.exp(new_logprobs - old.old_logprobs)[mask]
+    kl = ppo.kl_k3(targets.old_logprobs, new_logprobs)
+    approx_kl = ppo.masked_mean(kl, mask, num_responses)
+    ratio = torch.exp(new_logprobs - targets.old_logprobs)[mask]
     stats = {
         "policy_loss": policy_loss.item(),
         "value_loss": value_loss.item(),
@@ -290,11 +288,7 @@ def ppo_loss(setup, batch, old, num_tokens, num_responses):
         "approx_kl": approx_kl.item(),           # KL(rollout's policy || this one), per response
     }
     loss = policy_loss + config.vf_coef * value_loss
-    return loss, stats, farthest_from_one(ratio.tolist())
-
-
-def farthest_from_one(ratios):
-    return max(ratios, key=lambda ratio: abs(ratio - 1))
+    return loss, stats, ratio[(ratio - 1).abs().argmax()].item()
 
 
 def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
@@ -303,6 +297,7 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
     rows = [rollout.rows[i] for i in minibatch_ids]
     num_tokens = int(rollout.response_mask[minibatch_ids].sum())
     num_responses = len(rows) * config.k
+    dtype = precision.master_dtype(config.dtype)
     plan = plan_micro_batches(rows, config.max_tokens, dist.world_size())
     local_plan = plan[dist.rank()]
     micro_losses, ratios = [], []
@@ -310,8 +305,8 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
     for micro_ids, batch in zip(local_plan, prefetch(rows, local_plan, setup.device)):
         rollout_ids = [minibatch_ids[i] for i in micro_ids]
         R = batch.response_mask.shape[-1]
-        old = rollout.select(rollout_ids, R, setup.device, precision.master_dtype(config.dtype))
-        loss, stats, ratio = ppo_loss(setup, batch, old, num_tokens, num_responses)
+        targets = rollout.select(rollout_ids, R, setup.device, dtype)
+        loss, stats, ratio = ppo_loss(setup, batch, targets, num_tokens, num_responses)
         loss.backward()
         micro_losses.append(loss.item())
         local_stats.update(stats)
@@ -325,7 +320,7 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
     for process_stats in gathered_stats:
         stats.update(process_stats)
     stats["grad_norm"] = norms[0]
-    stats["ratio"] = farthest_from_one(sum(gathered_ratios, []))
+    stats["ratio"] = max(sum(gathered_ratios, []), key=lambda ratio: abs(ratio - 1))
     tensors = {name: getattr(rollout, name)[minibatch_ids] for name in Targets._fields}
     is_finite = guard.all_finite(step, rows, plan, gathered_losses, norms, **tensors)
     if is_finite:

@@ -38,8 +38,7 @@ def prefix_mask(
 
 
 class KVCache:
-    """Keys and values of the columns so far, with their branches: room for `max_columns` columns of
-    B rows.
+    """Keys and values of the columns so far, with their branches: room for `max_columns` per row.
 
     static: what a CUDA graph needs, which repeats its kernels on the same memory. The length is
     counted on the device, and the whole room is read: a column not yet written has branch -1,
@@ -73,9 +72,7 @@ class KVCache:
         return self.branch if self.static else self.branch[:, : self.used]
 
     def write(self, layer: int, slots: tuple | None, key: Tensor, value: Tensor):
-        """key, value (n,G,d) of a layer, to the slots of `append`; None: each row's last
-        columns.
-        """
+        """key, value (n,G,d) of one layer, to the slots of `append`; None: the last columns."""
         rows, max_columns = self.branch.shape
         n, G, d = key.shape
         if self.keys is None:

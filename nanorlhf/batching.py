@@ -155,8 +155,7 @@ def longest_first(num_tokens: list[int]) -> list[int]:
 
 
 def micro_batches(num_tokens: list[int], max_tokens: int, padded: bool = False) -> list[list[int]]:
-    """Splits rows into micro-batches of at most max_tokens columns; rows of like length go
-    together.
+    """Splits rows into micro-batches of at most max_tokens columns, like lengths together.
 
     num_tokens: of each row;  padded: each counts as the longest of its micro-batch, as where a
     cache gives all the same room  ->  lists of indices into `num_tokens`.

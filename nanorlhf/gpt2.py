@@ -93,7 +93,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, layout: Layout, layer: int, keep: Tensor | None) -> Tensor:
-        """x (n,D) -> (n,D); with `keep` (m,), the columns that are wanted of the last layer: (m,D)"""
+        """x (n,D) -> (n,D), or (m,D) where only the columns `keep` (m,) are wanted of the layer"""
         residual = x if keep is None else x[keep]
         x = residual + self.attn(self.ln_1(x), layout, layer, keep)
         return x + self.mlp(self.ln_2(x))

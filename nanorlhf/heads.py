@@ -17,9 +17,7 @@ LOGITS_CHUNK = 1024        # logits that exist at once: 200 MB in float32 with G
 
 
 class PolicyOutput(NamedTuple):
-    """All (B,K,R) float, aligned to the predicted token, 0 behind the mask; None where it was not
-    asked for.
-    """
+    """All (B,K,R) float, aligned to the predicted token, 0 behind the mask; None: not asked for."""
     logprobs: Tensor
     entropy: Tensor | None
     values: Tensor | None
@@ -68,8 +66,7 @@ class Policy(nn.Module):
     def forward(
         self, batch, temperature: float = 1.0, return_entropy: bool = False
     ) -> PolicyOutput:
-        """Log-probability of every response token at this temperature, its entropy where asked for,
-        its value.
+        """Log-probability of every response token at this temperature, its entropy and value.
 
         Logits are computed for response tokens alone (n of them), LOGITS_CHUNK at a time where
         there are more: the backward computes them again, so that never more than LOGITS_CHUNK x V

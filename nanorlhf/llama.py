@@ -171,7 +171,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, layer: int, keep: Tensor | None
     ) -> Tensor:
-        """x (n,D) -> (n,D); with `keep` (m,), the columns that are wanted of the last layer: (m,D)"""
+        """x (n,D) -> (n,D), or (m,D) where only the columns `keep` (m,) are wanted of the layer"""
         residual = x if keep is None else x[keep]
         x = residual + self.self_attn(self.input_layernorm(x), cos, sin, layout, layer, keep)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -39,8 +39,7 @@ def sft_loss(logprobs: Tensor, mask: Tensor, count: int | None = None) -> Tensor
 
 
 def ranked_pairs(place: Tensor, valid: Tensor) -> Tensor:
-    """pairs[..., i, j] is true where response i is placed before (better than) j; ties make no
-    pair.
+    """pairs[..., i, j]: is response i placed before (better than) j? Ties make no pair.
 
     place, valid (...,K)  ->  (...,K,K) bool
     """

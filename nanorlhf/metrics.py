@@ -1,6 +1,4 @@
-"""How good a reward model is: accuracy over pairs, AUC over labels, and whether a coin could do
-it.
-"""
+"""How good a reward model is: accuracy over pairs, AUC over labels, beside a fair coin."""
 from itertools import combinations
 
 import torch
@@ -10,8 +8,7 @@ from .batching import Row
 
 
 def pair_accuracy(rows: list[Row], scores: list[list[float]]) -> dict[str, float]:
-    """Over all pairs of unequal place within a group: how often the better response has the higher
-    score, ties half.
+    """How often the better response has the higher score, ties half, over all pairs in groups.
 
     -> eval_accuracy, eval_pairs, and eval_accuracy_of_longer, which longer responses would have: a
     baseline without a model
@@ -52,7 +49,5 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def at_chance(accuracy: float, pairs: int) -> bool:
-    """Could a fair coin do this? Within 1.96 standard deviations of its share of heads, as if pairs
-    were independent.
-    """
+    """Could a fair coin do this? Within 1.96 of its standard deviations, pairs as independent."""
     return abs(accuracy - 0.5) <= 1.96 * (0.25 / max(pairs, 1)) ** 0.5

@@ -20,17 +20,14 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
-    """Mean of x over the true entries of mask, or their sum over `count`.  (...,R), (...,R) ->
-    scalar
-    """
+    """Mean of x over the true entries of mask, or their sum over `count`.  (...,R) -> scalar"""
     return _masked(x, mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k1 = logprob - ref_logprob.  E_policy[k1] = KL(policy || reference); one sample may be
-    negative.
+    """k1 = logprob - ref_logprob.  E_policy[k1] = KL(policy || reference).
 
-    [Schulman, Approximating KL]
+    One sample may be negative.  [Schulman, Approximating KL]
     """
     return logprobs.to(torch.promote_types(logprobs.dtype, torch.float32)) - ref_logprobs
 
@@ -47,9 +44,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def last_token(mask: Tensor) -> Tensor:
-    """True on each response's last token.  (...,R) bool -> (...,R) bool; an empty response has
-    none.
-    """
+    """True on each response's last token; an empty response has none.  (...,R) -> (...,R) bool"""
     after = torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
     return mask & ~after
 
@@ -97,9 +92,7 @@ def gae(
 
 
 def masked_sums(x: Tensor, mask: Tensor) -> Tensor:
-    """(count, sum, sum of squares) over the true entries, float64: what processes add up.  ->
-    (3,)
-    """
+    """(count, sum, sum of squares) over the true entries: what processes add up.  -> (3,) float64"""
     inside = _masked(x, mask).double()
     return torch.stack([mask.sum(), inside.sum(), (inside * inside).sum()])
 
@@ -193,8 +186,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: int
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(G - V) / Var(G): 1 is a perfect critic, 0 a constant one, below 0 worse than a
-    constant.
+    """1 - Var(G - V) / Var(G): 1 is a perfect critic, 0 a constant one, below 0 a worse one.
 
     ->  0 where G is constant
     """

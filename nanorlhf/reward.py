@@ -1,7 +1,6 @@
-"""From text to one number: a reward model with its normalisation and statistic, or a Python
-function.
+"""From text to one number: a reward model with its normalisation, or a Python function.
 
-    text -> tokens -> N outputs -> statistic (mean, a quantile, cvar) -> transform -> normalise ->
+    text -> tokens -> N outputs -> statistic (mean, a quantile, cvar) -> transform -> normalise
     reward
 
 A policy and a reward model may be of different families with different tokenizers, so a reward
@@ -48,9 +47,7 @@ def reduce_quantiles(outputs: Tensor, statistic: str) -> Tensor:
 
 
 def parse_statistic(name: str, outputs: int) -> str:
-    """One spelling for each statistic of N outputs (cvar by how many are averaged); refuses what
-    does not exist.
-    """
+    """One spelling for each statistic of N outputs; InputError for what does not exist."""
     quantile = re.fullmatch(r"q(\d+)", name)
     cvar = re.fullmatch(r"cvar:(\d*\.?\d+)", name)
     if name != "mean" and outputs == 1:
@@ -87,9 +84,7 @@ def all_statistics(outputs: int) -> list[str]:
 
 
 class TextReward:
-    """A `heads.RewardModel` with its tokenizer: text in, rewards out. Normalisation is applied
-    here, once.
-    """
+    """A `heads.RewardModel` with its tokenizer: text in, rewards out, normalised once, here."""
 
     def __init__(
         self, model: RewardModel, tokenizer, transform="identity", norm_stats=None, max_length=None

@@ -1,12 +1,10 @@
-"""Try a policy on a prompt, or write K responses to every prompt of some data as groups JSONL,
-judged or not.
+"""Try a policy on a prompt, or write K responses to every prompt of some data, judged or not.
 
     python -m nanorlhf.sample --policy runs/sft --prompt "Once upon a time" [--compare_with
     runs/ppo] python -m nanorlhf.sample --policy runs/sft --data FairytaleQAData --k 4 --out
     samples.jsonl \\
         [--judge judge.py:score] [--include_originals]
-    torchrun --nproc_per_node=8 -m nanorlhf.sample ...     the same file, the prompts shared among
-    eight GPUs
+    torchrun --nproc_per_node=8 -m nanorlhf.sample ...     the same file by eight GPUs
 """
 import dataclasses
 from dataclasses import dataclass
@@ -77,9 +75,7 @@ def draw(policy, rows, config, first_sample=0):
 
 
 def draw_distinct(policy, rows, config):
-    """As `draw`; a text that equals an earlier sample of its prompt is drawn again, a bounded
-    number of times.
-    """
+    """As `draw`; a text that its prompt has already is drawn again, a bounded number of times."""
     drawn = draw(policy, rows, config)
     for attempt in range(1, MAX_REDRAWS + 1):
         repeated = []
@@ -132,9 +128,7 @@ def sampled_group(group, answers, config):
 
 
 def write(policy, config, device):
-    """K responses to each prompt of --data, into --out; each process draws for its share of the
-    prompts.
-    """
+    """K responses to each prompt of --data, into --out; each process draws its share."""
     dataset = data.load(config.data)
     out = Path(config.out)
     if not config.out or dist.on_rank_zero(lambda: out.exists() or not out.parent.is_dir()):
