@@ -92,7 +92,7 @@ def gae(
 
 
 def masked_sums(x: Tensor, mask: Tensor) -> Tensor:
-    """(count, sum, sum of squares) over the true entries: what processes add up.  -> (3,) float64"""
+    """(count, sum, sum of squares) over the true entries, float64; processes add them up.  -> (3,)"""
     inside = _masked(x, mask).double()
     return torch.stack([mask.sum(), inside.sum(), (inside * inside).sum()])
 
