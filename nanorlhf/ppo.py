@@ -91,23 +91,29 @@ def gae(
     return advantages, advantages + values
 
 
-def masked_sums(x: Tensor, mask: Tensor) -> Tensor:
-    """(count, sum, sum of squares) over the true entries, float64; processes add them up.  -> (3,)"""
-    inside = _masked(x, mask).double()
-    return torch.stack([mask.sum(), inside.sum(), (inside * inside).sum()])
+def moments(x: Tensor, mask: Tensor) -> Tensor:
+    """(count, sum, sum of squares) over the true entries, float64; processes add them up.  ->
+    (3,)
+    """
+    x = _masked(x, mask).double()
+    return torch.stack([mask.sum(), x.sum(), (x * x).sum()])
 
 
-def whiten(x: Tensor, mask: Tensor, sums: Tensor | None = None) -> Tensor:
+_moments = moments               # whiten has an argument of that name
+
+
+def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8), population variance over the true entries, 0 behind the mask.
 
-    sums: of the whole rollout on all processes (`masked_sums`, added up); default: of x itself.
+    moments: of the whole rollout on all processes (`moments` above, added up); default: of x
+    itself.
     """
-    count, total, squares = masked_sums(x, mask) if sums is None else sums
+    count, total, squares = _moments(x, mask) if moments is None else moments
     mean = total / count.clamp(min=1)
     var = (squares / count.clamp(min=1) - mean * mean).clamp(min=0)
-    inside = _masked(x, mask)
-    white = (inside.double() - mean) / torch.sqrt(var + 1e-8)
-    return _masked(white.to(inside.dtype), mask)
+    x = _masked(x, mask)
+    white = (x.double() - mean) / torch.sqrt(var + 1e-8)
+    return _masked(white.to(x.dtype), mask)
 
 
 def policy_loss(
