@@ -879,8 +879,8 @@ MISTAKES = [
     Mistake(
         name="scaled, not centred",
         file=PPO,
-        old="(inside.double() - mean)",
-        new="inside.double()",
+        old="(x.double() - mean)",
+        new="x.double()",
         test="test_ppo.py::test_whiten_by_hand",
         says="Whitening takes the mean away too.",
     ),
