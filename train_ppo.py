@@ -3,9 +3,9 @@
     python train_ppo.py --data FairytaleQAData --policy runs/sft --reward runs/rm --out runs/ppo
     torchrun --nproc_per_node=8 train_ppo.py ...
 
-One step: generate, score, evaluate, advantages, update. Every process generates, scores and
-evaluates its share of the prompts. The rollout (integers and a few numbers per token) is then known
-to all of them: whitening, KL control and logs are of the whole, and minibatches are planned
+One step: generate, score, log-probabilities and values, advantages, update. In the first three each
+process has its share of the prompts. The rollout (integers and a few numbers per token) is then
+known to all of them: whitening, KL control and logs are of the whole, and minibatches are planned
 globally and shared out. So rollouts, minibatches and update on eight GPUs are those on one.
 
 G prompts per rollout, K responses per prompt, R response tokens at most. Three kinds of indices:
@@ -126,17 +126,17 @@ class Rollout:
     raw: Tensor                     # (G,K) score before normalisation
     normalised: Tensor              # (G,K) and clipped
     scores: Tensor                  # (G,K) less the penalty for not ending
-    old_logprobs: Tensor = None     # (G,K,R) of the policy that sampled
+    old_logprobs: Tensor = None     # (G,K,R) of the policy as this step begins
     ref_logprobs: Tensor = None     # (G,K,R)
     values: Tensor = None           # (G,K,R)
     entropy: Tensor = None          # (G,K,R)
     advantages: Tensor = None       # (G,K,R)
     returns: Tensor = None          # (G,K,R)
 
-    def select(self, ids: list[int], R: int, device, dtype: torch.dtype) -> "Targets":
+    def select(self, ids, R, device, dtype) -> "Targets":
         """What the losses of these prompts are computed from, (len(ids),K,R) each."""
-        tensors = [getattr(self, name)[ids, :, :R].to(device, dtype) for name in Targets._fields]
-        return Targets(*tensors)
+        tensors = (self.old_logprobs, self.advantages, self.values, self.returns)
+        return Targets(*(tensor[ids, :, :R].to(device, dtype) for tensor in tensors))
 
 
 class Targets(NamedTuple):
@@ -174,7 +174,7 @@ def generate_responses(setup, prompts, stream, step, k):
             [prompts[i].index for i in local_ids],
             sampling, step,
         )
-    responses = dist.gather_by_index(len(prompts), local_ids, local_responses)
+    responses = dist.all_gather_by_index(len(prompts), local_ids, local_responses)
     return [Row(row.prompt, samples, row.index) for row, samples in zip(prompts, responses)]
 
 
@@ -201,7 +201,7 @@ def score_responses(setup, rows, prompt_texts, step):
             [ended[i] for i in local_ids],
             normalised=False,
         ).tolist()
-    raw = torch.tensor(dist.gather_by_index(len(rows), local_ids, local_scores))
+    raw = torch.tensor(dist.all_gather_by_index(len(rows), local_ids, local_scores))
     if not raw.isfinite().all():
         raise FloatingPointError(f"--reward {config.reward} gave NaN or infinity at step {step}")
     normalised = reward.normalise(raw).clamp(-SCORE_CLIP, SCORE_CLIP)
@@ -212,10 +212,10 @@ def score_responses(setup, rows, prompt_texts, step):
     return Rollout(rows, texts, ended, response_mask, raw, normalised, scores)
 
 
-# --------------------------------------------- evaluate by policy, critic and reference
+# ------------------------------------- log-probabilities and values, by policy and reference
 
 @torch.no_grad()
-def evaluate_rollout(setup, rollout):
+def compute_logprobs_and_values(setup, rollout):
     """Log-probabilities, values and entropy of a rollout, by the forward that trains.
 
     With the same packing the first ratio is exactly 1: a sampling path rounds otherwise.
@@ -271,10 +271,12 @@ def ppo_loss(setup, batch, targets, num_tokens, num_responses):
         new = setup.policy(batch, config.temperature)
     mask = batch.response_mask
     policy_loss, clip_fraction = ppo.policy_loss(
-        new.logprobs, targets.old_logprobs, targets.advantages, mask, config.clip, num_tokens
+        new.logprobs, targets.old_logprobs, targets.advantages, mask,
+        clip=config.clip, count=num_tokens,
     )
     value_loss, value_clip_fraction = ppo.value_loss(
-        new.values, targets.values, targets.returns, mask, config.value_clip, num_tokens
+        new.values, targets.values, targets.returns, mask,
+        clip=config.value_clip, count=num_tokens,
     )
     new_logprobs = new.logprobs.detach()
     kl = ppo.kl_k3(targets.old_logprobs, new_logprobs)
@@ -311,7 +313,7 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
         micro_losses.append(loss.item())
         local_stats.update(stats)
         ratios.append(ratio)
-    dist.all_reduce_gradients(setup.policy)
+    dist.all_reduce_gradients(setup.policy)      # a sum: each loss is divided by the whole's tokens
     grad_norm = optim.gradient_norm(setup.policy)
 
     local = [micro_losses, grad_norm.item(), local_stats, ratios]
@@ -321,8 +323,9 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
         stats.update(process_stats)
     stats["grad_norm"] = norms[0]
     stats["ratio"] = max(sum(gathered_ratios, []), key=lambda ratio: abs(ratio - 1))
-    tensors = {name: getattr(rollout, name)[minibatch_ids] for name in Targets._fields}
-    is_finite = guard.all_finite(step, rows, plan, gathered_losses, norms, **tensors)
+    # where a loss or the gradient is not: no process takes the step, and the gradient is dropped
+    targets = rollout.select(minibatch_ids, None, "cpu", torch.float64)
+    is_finite = guard.all_finite(step, rows, plan, gathered_losses, norms, **targets._asdict())
     if is_finite:
         optim.update(setup.policy, optimizer, lr, grad_norm)
     return stats, is_finite
@@ -429,9 +432,9 @@ def evaluate(setup, prompts, prompt_texts, step, log):
     text.
     """
     kl_coef = setup.config.kl_coef
-    rows = generate_responses(setup, prompts[:EVAL_PROMPTS], Stream.EVALUATION, 0, 1)
+    rows = generate_responses(setup, prompts[:EVAL_PROMPTS], Stream.EVALUATION, step=0, k=1)
     rollout = score_responses(setup, rows, prompt_texts, step)
-    evaluate_rollout(setup, rollout)
+    compute_logprobs_and_values(setup, rollout)
     stats = rollout_stats(rollout, compute_advantages(rollout, kl_coef, setup.config), kl_coef)
     texts = [text for (text,) in rollout.texts]
     stats["distinct"] = len(set(texts)) / len(texts)
@@ -542,7 +545,7 @@ def main(config):
         step_prompts = [prompts[i] for i in indices]
         rows = generate_responses(setup, step_prompts, Stream.ROLLOUT, step, config.k)
         rollout = score_responses(setup, rows, texts, step)
-        evaluate_rollout(setup, rollout)
+        compute_logprobs_and_values(setup, rollout)
         rewards = compute_advantages(rollout, kl_coef, config)
         stats = rollout_stats(rollout, rewards, kl_coef)
         lr = optim.learning_rate(
@@ -555,7 +558,7 @@ def main(config):
                 n=config.groups * config.k, horizon=config.kl_horizon,
             )
 
-        memory_gb = run.poll(device)
+        memory_gb = run.poll_signals(device)     # SIGTERM, Ctrl-C: see save_or_stop below
         plan = plan_micro_batches(rows, config.max_tokens, dist.world_size())
         flops = step_flops(setup, rows, stats["updates"] / config.minibatches)
         speed_stats = meter(rows, plan, flops, time.time() - began)
@@ -563,7 +566,8 @@ def main(config):
         warn_about(stats, config, step, run.log)
         if held_prompts and run.evaluates(step):
             evaluate(setup, held_prompts, held_texts, step, run.log)
-        run.save_if_due(
+        # after a signal: saves, then ends the run by an exception
+        run.save_or_stop(
             step, lambda: hub.save_policy(model_folder, policy, tokenizer), kl_coef=kl_coef
         )
     print(f"done: {model_folder}")

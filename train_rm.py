@@ -139,7 +139,7 @@ def compute_outputs(model, rows, config, device):
         for i, output in zip(indices, outputs):
             local_ids.append(i)
             local_outputs.append(output[: len(rows[i].responses)].tolist())
-    outputs = dist.gather_by_index(len(rows), local_ids, local_outputs)
+    outputs = dist.all_gather_by_index(len(rows), local_ids, local_outputs)
     dtype = precision.master_dtype(config.dtype)
     loss = sum(dist.all_gather_object(local_loss))
     return [torch.tensor(output, dtype=dtype) for output in outputs], loss
@@ -298,7 +298,7 @@ def main(config):
         if run.guard.all_finite(step, step_rows, plan, gathered_losses, norms):
             optim.update(model, optimizer, lr, grad_norm)
 
-        memory_gb = run.poll(device)
+        memory_gb = run.poll_signals(device)     # SIGTERM, Ctrl-C: see save_or_stop below
         # the backward is two forwards' work
         flops = 3 * speed.forward_flops(trunk, step_rows, head=False)
         run.log.step(
@@ -314,7 +314,8 @@ def main(config):
             fit_normalisation(reward, rows, config, device)
             if held_rows:
                 warn_at_chance(numbers["eval_accuracy"], numbers["eval_pairs"], run.log)
-        run.save_if_due(step, lambda: hub.save_reward_model(model_folder, reward))
+        # after a signal: saves, then ends the run by an exception
+        run.save_or_stop(step, lambda: hub.save_reward_model(model_folder, reward))
     print(f"done: {model_folder}")
 
 

@@ -150,7 +150,7 @@ def main(config):
         if run.guard.all_finite(step, step_rows, plan, gathered_losses, norms):
             optim.update(policy, optimizer, lr, grad_norm)
 
-        memory_gb = run.poll(device)
+        memory_gb = run.poll_signals(device)     # SIGTERM, Ctrl-C: see save_or_stop below
         # the backward is two forwards' work
         flops = 3 * speed.forward_flops(trunk, step_rows, head=True)
         run.log.step(
@@ -161,7 +161,8 @@ def main(config):
         if held_rows and run.evaluates(step):
             run.log.eval(step, eval_loss=evaluate(policy, held_rows, config, device))
             show(policy, tokenizer, held_rows, held_out, step, config, run.log)
-        run.save_if_due(step, lambda: hub.save_policy(model_folder, policy, tokenizer))
+        # after a signal: saves, then ends the run by an exception
+        run.save_or_stop(step, lambda: hub.save_policy(model_folder, policy, tokenizer))
     print(f"done: {model_folder}")
 
 

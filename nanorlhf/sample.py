@@ -154,7 +154,7 @@ def write(policy, config, device):
     if judge:
         add_judgement(local_groups, judge)
     local_responses = [[dataclasses.asdict(r) for r in group.responses] for group in local_groups]
-    gathered = dist.gather_by_index(len(groups), local_ids, local_responses)
+    gathered = dist.all_gather_by_index(len(groups), local_ids, local_responses)
     written = []
     for group, responses in zip(groups, gathered):
         if responses:                            # else its prompt was dropped

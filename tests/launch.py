@@ -39,9 +39,10 @@ LEFT = 60                                        # seconds; a run that is left w
 def mean_of_means():
     """Each micro-batch divides by its own count, and their mean is taken: small ones weigh too much."""
     def own_count(function, parts):
-        def wrong(*arguments):
-            *arguments, count = arguments
-            found = function(*arguments)
+        def wrong(*arguments, count=None, **named):
+            if count is None:
+                *arguments, count = arguments
+            found = function(*arguments, **named)
             return tuple(x / parts() for x in found) if isinstance(found, tuple) else found / parts()
         return wrong
     seen = {}
@@ -97,9 +98,9 @@ def nan_loss():
     def poisoned(function):
         calls = [0]
 
-        def wrong(*arguments):
+        def wrong(*arguments, **named):
             calls[0] += torch.is_grad_enabled()
-            found = function(*arguments)
+            found = function(*arguments, **named)
             if not torch.is_grad_enabled() or calls[0] not in NAN_CALLS or dist.rank() < dist.world_size() - 1:
                 return found
             return (found[0] * float("nan"), found[1]) if isinstance(found, tuple) else found * float("nan")

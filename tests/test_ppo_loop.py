@@ -75,7 +75,7 @@ def a_rollout(policy, config):
     prompts = [Row([1 + i % 5, i % 3, 2], [], i) for i in range(config.groups)]
     rows = train_ppo.generate_responses(setup, prompts, Stream.ROLLOUT, 0, config.k)
     rollout = train_ppo.score_responses(setup, rows, [""] * len(rows), 0)
-    train_ppo.evaluate_rollout(setup, rollout)
+    train_ppo.compute_logprobs_and_values(setup, rollout)
     return rollout
 
 

@@ -352,7 +352,7 @@ def test_scores_are_clipped_before_the_penalty(world, sft):
     rollout, setup = a_rollout(world, sft, Wild(), max_new_tokens=1, eos_penalty=6)
     assert not rollout.ended.any()                                          # one token is not enough
     assert rollout.normalised[0].tolist() == pytest.approx([10, -10, 5, -5]) and rollout.scores[0].tolist() == pytest.approx([4, -16, -1, -11])
-    train_ppo.evaluate_rollout(setup, rollout)
+    train_ppo.compute_logprobs_and_values(setup, rollout)
     numbers = train_ppo.rollout_stats(rollout, train_ppo.compute_advantages(rollout, 0.1, setup.config), 0.1)
     assert numbers["score_clipped"] == 0.5 and numbers["score_normalised"] == pytest.approx(0) and numbers["reward"] == pytest.approx(-6)
 

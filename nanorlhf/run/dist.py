@@ -123,7 +123,7 @@ def all_gather_object(value):
     return [json.loads(bytes(text[:size].numpy())) for text, size in zip(texts, sizes.tolist())]
 
 
-def gather_by_index(n, local_ids, local_values):
+def all_gather_by_index(n, local_ids, local_values):
     """Every process's values (anything that JSON holds), in the order of the n indices that they share.  -> list of n"""
     values = [None] * n
     for pairs in all_gather_object(list(zip(local_ids, local_values))):

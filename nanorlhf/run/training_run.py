@@ -34,7 +34,7 @@ class TrainingRun:
         self.stop = GracefulStop()
         self.signum = 0
 
-    def poll(self, device: torch.device) -> float:
+    def poll_signals(self, device: torch.device) -> float:
         """Has a signal come, at any process?  -> the greatest memory of a process, GB"""
         signums, memory = zip(*dist.all_gather_object([self.stop.signum, speed.peak_memory(device)]))
         self.signum = max(signums)
@@ -46,7 +46,7 @@ class TrainingRun:
     def evaluates(self, step: int) -> bool:
         return self.is_last(step) or (step + 1) % self.config.eval_every == 0
 
-    def save_if_due(self, step: int, export: Callable[[], None], **numbers):
+    def save_or_stop(self, step: int, export: Callable[[], None], **numbers):
         """Saves by --save_every, at the end, and after a signal, which then ends the run by Preempted.
 
         export: writes the model folder;  numbers: what the script adds, as in the constructor
