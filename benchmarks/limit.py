@@ -57,7 +57,7 @@ def product_rate(device, dtype, width, squares, rows=(300, 2800)):
         a, b = torch.randn(m, k, device=device).to(DTYPES[dtype]), torch.randn(k, n, device=device).to(DTYPES[dtype])
         ways = [torch.mm] + [lambda x, y: kernels.onednn(x, y.t())] * (device.type == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available())
         for multiply in ways:
-            found[2 * m * k * n / usual_seconds(lambda: multiply(a, b), device)] = (m, k, n)
+            found[2 * m * k * n / usual_seconds(lambda multiply=multiply, a=a, b=b: multiply(a, b), device)] = (m, k, n)
     return max(found), found[max(found)]
 
 

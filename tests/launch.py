@@ -24,11 +24,11 @@ import torch  # noqa: E402
 import train_ppo  # noqa: E402
 import train_rm  # noqa: E402
 import train_sft  # noqa: E402
-from nanorlhf import batching, losses, ppo, sample
-from nanorlhf.io import files
-from nanorlhf.run import cli, dist, run_folder
-from nanorlhf.study import __main__ as study
-from nanorlhf.study import evaluate
+from nanorlhf import batching, losses, ppo, sample  # noqa: E402
+from nanorlhf.io import files  # noqa: E402
+from nanorlhf.run import cli, dist, run_folder  # noqa: E402
+from nanorlhf.study import __main__ as study  # noqa: E402
+from nanorlhf.study import evaluate  # noqa: E402
 
 SCRIPTS = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo, "sample": sample, "evaluate": evaluate, "study": study}
 LEFT = 60                                        # seconds; a run that is left waiting for longer waits for ever

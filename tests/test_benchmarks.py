@@ -113,7 +113,7 @@ def test_other_losses_are_refused_and_nothing_is_written(folder, tmp_path, monke
     full = cli.parse(sft_fairytale.Config, ["--data", str(folder), "--runs", "1"])
     for theirs in (1.001, float("nan")):
         with pytest.raises(read.InputError, match="not the same work: the loss of step 1 is 1 here"):
-            bench.measure(full, ROW, lambda: side([1, 1]), lambda: side([1, 1], [theirs]))
+            bench.measure(full, ROW, lambda: side([1, 1]), lambda theirs=theirs: side([1, 1], [theirs]))
     with pytest.raises(read.InputError, match="step 2"):                               # the same first loss, another optimizer
         bench.measure(full, ROW, lambda: side([1, 1], [1, 0.9]), lambda: side([1, 1], [1, 0.8]), later=1e-3)
     assert written == []

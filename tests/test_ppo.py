@@ -110,7 +110,7 @@ def test_gae_is_the_sum_of_discounted_deltas():
         r, v = rewards[b, :n].tolist(), values[b, :n].tolist() + [0.0]
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
         for t in range(7):
-            expected = sum((gamma * lam) ** l * delta[t + l] for l in range(n - t)) if t < n else 0.0
+            expected = sum((gamma * lam) ** step * delta[t + step] for step in range(n - t)) if t < n else 0.0
             assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
             assert returns[b, t].item() == pytest.approx(expected + v[t] if t < n else 0.0, abs=1e-12)
 

@@ -217,5 +217,5 @@ def test_the_critic_learns_by_vf_coef():
         learn(policy, rollout, config, 0.02)
         assert policy.value_head.weight.any() == (vf_coef > 0)
         values, mask = policy(pack_rows(rollout.rows)).values.detach(), rollout.response_mask
-        error = lambda v: ppo.masked_mean((v - rollout.returns) ** 2, mask).item()
+        error = lambda v, rollout=rollout, mask=mask: ppo.masked_mean((v - rollout.returns) ** 2, mask).item()
         assert (error(values) < 0.9 * error(rollout.values)) == (vf_coef > 0)

@@ -18,9 +18,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import train_ppo
 import train_rm
 import train_sft
@@ -33,6 +30,7 @@ from nanorlhf.reward import FunctionReward
 from nanorlhf.run import cli, dist, run_folder
 from nanorlhf.run.log import Log
 
+ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ((" it was glad", 0, 1, [0.9, 0.7]), (" it was calm", 1, 0, [0.1, 0.2]), (" it was sad", 2, 0, [-0.8, -0.6]))   # text, place, label, scores
 PROMPTS = [f"the {who} saw the {what}:" for who in ("fox", "king", "queen", "bear", "crow", "wolf") for what in ("wood", "house", "river", "tower")]
 FUNCTIONS = '''

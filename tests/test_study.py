@@ -269,7 +269,7 @@ def test_killed_anywhere_it_ends_the_same(smoke, tmp_path):
     began = time.time()
     assert len(kill(out, lambda: time.time() - began > 8)) == 2
     for name in ("seed0/judged", "seed0/ppo-judge"):
-        assert len(kill(out, lambda: name in done(out))) == 2
+        assert len(kill(out, lambda name=name: name in done(out))) == 2
     finish(out)
     names = ("model.safetensors", "results.json", "state-*.safetensors", "*.jsonl")
     whole = {name: raw for name, raw in files(tmp_path / "whole", *names).items() if not name.endswith("metrics.jsonl")}     # seconds are in there

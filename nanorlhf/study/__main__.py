@@ -53,10 +53,10 @@ def plan(seeds):
     from .stages import ARMS, REWARDS
     found = [Stage("reader/run", "reader", 0, 60)]
     for seed in range(seeds):
-        name = lambda stage: f"seed{seed}/{stage}"
+        name = lambda stage, seed=seed: f"seed{seed}/{stage}"
         found += [Stage(name("tales"), "tales", seed, 5), Stage(name("sft"), "sft", seed, 18, (name("tales"),)), Stage(name("judged"), "judged", seed, 12, (name("sft"),))]
     for seed in range(seeds):
-        name = lambda stage: f"seed{seed}/{stage}"
+        name = lambda stage, seed=seed: f"seed{seed}/{stage}"
         models = [Stage(name(f"rm-{model}"), "reward_model", seed, 18, ("reader/run", name("judged")), (model,)) for model in REWARDS]
         modes = [Stage(name(f"rm-{mode}"), "pairs_mode", seed, cost, ("reader/run", name("judged")), (mode,)) for mode, cost in (("together", 18), ("apart", 12))]
         arms = []
