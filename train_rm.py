@@ -28,7 +28,7 @@ from nanorlhf.run import dist, optim, precision, run_folder, speed
 from nanorlhf.run.cli import COMMON_BOUNDS, InputError, check_bounds, context_limit, run_script
 from nanorlhf.run.kernels import choose_kernels
 from nanorlhf.run.log import header
-from nanorlhf.run.training_run import TrainingRun, describe_dropped, describe_numbers, describe_step
+from nanorlhf.run.training_run import TrainingRun, describe_run
 
 SCRIPT = "train_rm"
 PROGRESS = ("loss", "grad_norm", "tokens_per_second", "mfu", "seconds")       # on the progress line
@@ -266,10 +266,7 @@ def main(config):
         model=f"{speed.describe_model(trunk, model)}, {model.score.out_features} outputs, {source}",
         data=f"{dataset.source}: {len(rows)} groups, {counts(rows, config)['ranked']} with a pair, "
              f"{len(held_rows)} groups held out",
-        dropped=describe_dropped(dropped),
-        step=describe_step(config, rows),
-        numbers=describe_numbers(config, device, optimizer),
-        machine=meter,
+        **describe_run(config, rows, dropped, device, optimizer, meter),
         loss=describe_loss(config),
     )
     run = TrainingRun(config, SCRIPT, model, optimizer, config.init, PROGRESS, resuming)

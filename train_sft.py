@@ -28,7 +28,7 @@ from nanorlhf.run import dist, optim, precision, run_folder, speed
 from nanorlhf.run.cli import COMMON_BOUNDS, InputError, check_bounds, context_limit, run_script
 from nanorlhf.run.kernels import choose_kernels
 from nanorlhf.run.log import header
-from nanorlhf.run.training_run import TrainingRun, describe_dropped, describe_numbers, describe_step
+from nanorlhf.run.training_run import TrainingRun, describe_run
 
 SCRIPT = "train_sft"
 PROGRESS = ("loss", "grad_norm", "tokens_per_second", "mfu", "seconds")       # on the progress line
@@ -118,10 +118,7 @@ def main(config):
         model=f"{speed.describe_model(trunk, policy)}, {source}, context {trunk.config.context}",
         data=f"{dataset.source}: {len(rows)} groups, {num_responses} responses to train on, "
              f"{len(held_rows)} groups held out",
-        dropped=describe_dropped(dropped),
-        step=describe_step(config, rows),
-        numbers=describe_numbers(config, device, optimizer),
-        machine=meter,
+        **describe_run(config, rows, dropped, device, optimizer, meter),
         loss="mean over response tokens and EOS of the whole step",
     )
     run = TrainingRun(config, SCRIPT, policy, optimizer, config.init, PROGRESS, resuming)

@@ -105,6 +105,7 @@ class Layout:
     for the prompts that fill one (prefill), rows lie end to end without their padding. A decoding
     step adds the same few columns to each row of the cache, none of them padding.
 
+    cache: the T columns stand behind those it holds, and are added to it.
     lengths: columns of each row that are no padding, where the host knows them and padding is on
     the right; None: the device is asked.  flex: FlexAttention over all rows, not a mask per row.
     """
@@ -174,7 +175,7 @@ class Layout:
         return x if self.index is None else x[self.index]
 
     def find(self, at: Tensor | None) -> Tensor | None:
-        """Where the columns `at` (m,), indices into B*T, lie among the columns kept.  -> (m,)"""
+        """Where the columns `at` (m,), indices into all B*T, lie among the columns kept.  -> (m,)"""
         if at is None or self.index is None:
             return at
         return torch.searchsorted(self.index, at).clamp(max=len(self.index) - 1)

@@ -216,48 +216,45 @@ def pack_rows(rows: list[Row]) -> Batch:
     K = max(1, max(len(row.responses) for row in rows))
     R = max([1] + [len(response) for row in rows for response in row.responses])
     M = max([1] + [len(targets) for row in rows for targets in row.targets])
-    tokens = np.zeros((B, T), np.int64)
-    positions = np.zeros((B, T), np.int64)
-    branch = np.full((B, T), -1)
-    responses = np.zeros((B, K, R), np.int64)
-    response_mask = np.zeros((B, K, R), bool)
-    logit_index = np.zeros((B, K, R), np.int64)
-    last_index = np.zeros((B, K), np.int64)
-    valid = np.zeros((B, K), bool)
-    place = np.zeros((B, K), np.float32)
-    label = np.full((B, K), -1)
-    targets = np.zeros((B, K, M), np.float32)
-    target_mask = np.zeros((B, K, M), bool)
+    batch = Batch(                       # of numpy arrays first: their slices are quick to fill
+        tokens=np.zeros((B, T), np.int64),
+        positions=np.zeros((B, T), np.int64),
+        branch=np.full((B, T), -1),
+        lengths=[row.num_tokens for row in rows],
+        responses=np.zeros((B, K, R), np.int64),
+        response_mask=np.zeros((B, K, R), bool),
+        logit_index=np.zeros((B, K, R), np.int64),
+        last_index=np.zeros((B, K), np.int64),
+        valid=np.zeros((B, K), bool),
+        place=np.zeros((B, K), np.float32),
+        label=np.full((B, K), -1),
+        targets=np.zeros((B, K, M), np.float32),
+        target_mask=np.zeros((B, K, M), bool),
+    )
     for b, row in enumerate(rows):
         P = end = len(row.prompt)
-        tokens[b, :P] = row.prompt
-        positions[b, :P] = np.arange(P)
-        branch[b, :P] = 0
+        batch.tokens[b, :P] = row.prompt
+        batch.positions[b, :P] = np.arange(P)
+        batch.branch[b, :P] = 0
         for k, response in enumerate(row.responses):
             n = len(response)
             start, end = end, end + n
-            tokens[b, start:end] = response
-            positions[b, start:end] = np.arange(P, P + n)
-            branch[b, start:end] = k + 1
-            responses[b, k, :n] = response
-            response_mask[b, k, :n] = True
+            batch.tokens[b, start:end] = response
+            batch.positions[b, start:end] = np.arange(P, P + n)
+            batch.branch[b, start:end] = k + 1
+            batch.responses[b, k, :n] = response
+            batch.response_mask[b, k, :n] = True
             # the last prompt token predicts the first token of each response
-            logit_index[b, k, :n] = [P - 1, *range(start, end - 1)]
+            batch.logit_index[b, k, :n] = [P - 1, *range(start, end - 1)]
             # an empty response ends where the prompt does, not in its neighbour
-            last_index[b, k] = end - 1 if n else P - 1
-            valid[b, k] = True
-        place[b, :len(row.place)] = row.place
-        label[b, :len(row.label)] = [-1 if value is None else value for value in row.label]
+            batch.last_index[b, k] = end - 1 if n else P - 1
+            batch.valid[b, k] = True
+        batch.place[b, :len(row.place)] = row.place
+        batch.label[b, :len(row.label)] = [-1 if y is None else y for y in row.label]
         for k, values in enumerate(row.targets):
-            targets[b, k, :len(values)] = values
-            target_mask[b, k, :len(values)] = True
-    arrays = dict(
-        tokens=tokens, positions=positions, branch=branch, responses=responses,
-        response_mask=response_mask, logit_index=logit_index, last_index=last_index, valid=valid,
-        place=place, label=label, targets=targets, target_mask=target_mask,
-    )
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Batch(lengths=[row.num_tokens for row in rows], **tensors)
+            batch.targets[b, k, :len(values)] = values
+            batch.target_mask[b, k, :len(values)] = True
+    return batch.map(torch.from_numpy)
 
 
 def prefetch(

@@ -213,20 +213,12 @@ class Llama(nn.Module):
         return KVCache(n_layer, rows, max_columns, self.embed_tokens.weight.device, static)
 
     def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        branch: Tensor,
-        cache: KVCache | None = None,
-        at: Tensor | None = None,
-        lengths: list[int] | None = None,
+        self, tokens: Tensor, positions: Tensor, branch: Tensor, cache: KVCache | None = None,
+        at: Tensor | None = None, lengths: list[int] | None = None,
     ) -> Tensor:
-        """Final hidden states, after the last norm.
+        """Final hidden states, after the last norm.  (B,T) int64 each  ->  (B,T,D), 0 at padding
 
-        tokens, positions, branch (B,T) int64  ->  (B,T,D), 0 at padding
-        at: indices (m,) into the B*T columns, of those that are wanted  ->  (m,D)
-        cache: the T columns stand behind those it holds, and are added to it
-        lengths: see attention.Layout
+        at: of these columns alone, as Layout.find takes them: (m,D).  cache, lengths: see Layout.
         """
         layout = Layout(branch, cache, lengths, self.flex)
         keep = layout.find(at)

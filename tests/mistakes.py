@@ -162,8 +162,8 @@ MISTAKES = [
     Mistake(
         name="an absent response is valid",
         file=BATCHING,
-        old="valid = np.zeros((B, K), bool)",
-        new="valid = np.ones((B, K), bool)",
+        old="valid=np.zeros((B, K), bool)",
+        new="valid=np.ones((B, K), bool)",
         test="test_batching.py::test_batch_by_hand",
         says=(
             "A group with fewer responses than the others has places that stand for "

@@ -67,10 +67,17 @@ def describe_dropped(dropped: Counter) -> str:
     return f"{dict(+dropped) or 'nothing'}"
 
 
-def describe_step(config, rows: list) -> str:
+def describe_run(config, rows, dropped, device, optimizer, meter) -> dict:
+    """The lines that a supervised and a reward model have in common."""
     columns = config.groups * sum(row.num_tokens for row in rows) // len(rows)
     epochs = config.steps * config.groups / len(rows)
-    return f"{config.groups} groups, about {columns} columns; {config.steps} steps = {epochs:.2f} epochs"
+    return {
+        "dropped": describe_dropped(dropped),
+        "step": f"{config.groups} groups, about {columns} columns; "
+                f"{config.steps} steps = {epochs:.2f} epochs",
+        "numbers": describe_numbers(config, device, optimizer),
+        "machine": meter,
+    }
 
 
 def describe_numbers(config, device: torch.device, optimizer) -> str:
