@@ -175,7 +175,7 @@ class Layout:
         return x if self.index is None else x[self.index]
 
     def find(self, at: Tensor | None) -> Tensor | None:
-        """Where the columns `at` (m,), indices into all B*T, lie among the columns kept.  -> (m,)"""
+        """Where the columns `at` (m,), indices into all B*T, lie among those kept.  -> (m,)"""
         if at is None or self.index is None:
             return at
         return torch.searchsorted(self.index, at).clamp(max=len(self.index) - 1)

@@ -139,7 +139,7 @@ class GPT2(nn.Module):
         self, tokens: Tensor, positions: Tensor, branch: Tensor, cache: KVCache | None = None,
         at: Tensor | None = None, lengths: list[int] | None = None,
     ) -> Tensor:
-        """Final hidden states, after the last LayerNorm.  (B,T) int64 each  ->  (B,T,D), 0 at padding
+        """Final hidden states, after the last norm.  (B,T) int64 each  ->  (B,T,D), 0 at padding
 
         at: of these columns alone, as Layout.find takes them: (m,D).  cache, lengths: see Layout.
         """
