@@ -104,11 +104,7 @@ def context_limit(max_length, context):
 class Reporter:
     """Chooses the process that prints why a job ends: several may end with the same message."""
 
-    store = None
-
-    def connect(self, store):
-        """From now on the processes of the job share this store (dist.setup has one)."""
-        self.store = store
+    store = None           # that the processes of the job share; dist.setup fills it in
 
     def should_report(self, message, is_echo):
         """Is this process the first of the job with this message? Without a store: of its machine.

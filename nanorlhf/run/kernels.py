@@ -42,52 +42,47 @@ def onednn(x, weight, bias=None):
 
 
 class Product(torch.autograd.Function):
-    """x W + b by oneDNN, with its gradients.  x (n,in)  ->  (n,out)
-
-    out_first: W is (out,in), as in nn.Linear; else (in,out), as in GPT-2
-    """
+    """x W^T + b by oneDNN, with its gradients.  x (n,in), W (out,in)  ->  (n,out)"""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, out_first):
+    def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        ctx.out_first = out_first
-        return onednn(x, weight if out_first else weight.t(), bias)
+        return onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        factors = [x.t(), grad.t()]        # in the weight's own layout, so that nothing is copied
-        if ctx.out_first:
-            weight = weight.t()
-            factors.reverse()
-        return (
-            onednn(grad, weight) if needs_x else None,
-            onednn(*factors) if needs_weight else None,
-            grad.sum(0) if needs_bias else None,
-            None,
-        )
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_x = onednn(grad, weight.t()) if needs_x else None
+        grad_weight = None
+        if needs_weight:
+            # in the weight's own layout, so that nothing is copied
+            if weight.is_contiguous():
+                grad_weight = onednn(grad.t(), x.t())
+            else:
+                grad_weight = onednn(x.t(), grad.t()).t()
+        return grad_x, grad_weight, grad.sum(0) if needs_bias else None
 
 
-def _product(x, weight, bias, out_first):
+def _product(x, weight, bias=None):
     """`Product`, or its forward alone where no gradients are recorded.
 
     A decoding step makes hundreds of small calls, which Product would slow down.
     """
-    if torch.is_grad_enabled():
-        return Product.apply(x, weight, bias, out_first)
-    return onednn(x, weight if out_first else weight.t(), bias)
+    product = Product.apply if torch.is_grad_enabled() else onednn
+    return product(x, weight, bias)
 
 
 def _layer_product(layer, x):
     """The forward of a large nn.Linear or gpt2.Projection.  x (n,in)  ->  (n,out)"""
-    return _product(x, layer.weight, layer.bias, isinstance(layer, nn.Linear))
+    is_out_first = isinstance(layer, nn.Linear)            # GPT-2 stores (in,out)
+    return _product(x, layer.weight if is_out_first else layer.weight.t(), layer.bias)
 
 
 def large_product(x, weight):
     """F.linear for a head, by oneDNN where the head is large."""
     if x.ndim == 2 and weight.numel() >= MIN_WEIGHT_SIZE:
-        return _product(x, weight, None, True)
+        return _product(x, weight)
     return F.linear(x, weight)
 
 

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: left out, counted, reported in a reproducible file."""
+"""Steps whose loss or gradient is not finite: left out, counted, and reported reproducibly."""
 import dataclasses
 import json
 import math
