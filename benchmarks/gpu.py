@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import limit, table
 from nanorlhf import gpt2, llama
+from nanorlhf.attention import FLEX_BLOCK
 from nanorlhf.batching import micro_batches, pack_rows
 from nanorlhf.heads import Policy
 from nanorlhf.io.read import InputError
@@ -49,7 +50,7 @@ def train(work, trunk, device, config, dtype="bfloat16", compile=True, **shapes)
     sizes = [sum(rows[i].num_tokens for i in part) for part in plan]
     step = limit.training(work, trunk, device, dtype, config.max_tokens)
     return limit.alternate(step, [rows] * config.rounds, device, *limits(device, dtype, trunk.width, **({} if compile else {"squares": (64,)}))) | {
-        "padding": 1 - sum(sizes) / sum(size + (-size % speed.BLOCK if trunk.flex else 0) for size in sizes)}
+        "padding": 1 - sum(sizes) / sum(size + (-size % FLEX_BLOCK if trunk.flex else 0) for size in sizes)}
 
 
 def flex_or_dense(trunk, rows, device, dtype="bfloat16", repeats=3):

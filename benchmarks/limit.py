@@ -44,9 +44,9 @@ def usual_seconds(work, device, repeats=5):
     """The median of a few, after one that sets things up: the step beside it is a median too, and a shared machine has lucky moments."""
     found = []
     for _ in range(repeats + 1):
-        began = speed._now(device)
+        began = speed.synchronised_time(device)
         work()
-        found.append(speed._now(device) - began)
+        found.append(speed.synchronised_time(device) - began)
     return median(found[1:])
 
 
@@ -97,9 +97,9 @@ def training(work, trunk, device, dtype, max_tokens=4096):
                 else train_rm.reward_loss(output, batch, count, how)
             part.backward()
             part.item()
-        began = speed._now(device)
+        began = speed.synchronised_time(device)
         optim.update(model, optimizer, bench.LR, optim.gradient_norm(model))
-        return 3 * speed.forward_flops(trunk, rows, head), 0, speed._now(device) - began
+        return 3 * speed.forward_flops(trunk, rows, head), 0, speed.synchronised_time(device) - began
     return step
 
 
@@ -122,9 +122,9 @@ def alternate(step, batches, device, rate, flow):
     step(batches[0])                             # warms up
     limits, found = [(*rate(), flow())], []
     for rows in batches:
-        began = speed._now(device)
+        began = speed.synchronised_time(device)
         operations, read, adamw = step(rows)
-        seconds = speed._now(device) - began
+        seconds = speed.synchronised_time(device) - began
         limits.append((*rate(), flow()))
         near = [sum(pair) / 2 for pair in zip(*((limit[0], limit[2]) for limit in limits[-2:]))]     # before and after
         bound = operations / near[0] + read / near[1]

@@ -98,6 +98,32 @@ def test_help_shows_default_and_comment_of_each_field(capsys, monkeypatch):
     assert "{ranking,classification}" in lines["--loss"] and "true|false" in lines["--whiten"]
 
 
+@dataclass(frozen=True)
+class Above(Config):
+    # what a longer comment says,
+    # on two lines
+    mode: Literal["fast",
+                  "slow"] = "fast"
+    # the lines above are not read
+    both: int = 1                                   # where a comment follows
+
+    # not of the next field
+
+    silent: int = 2
+    k: int = 5                                      # said again, at 50%
+
+
+def test_a_comment_may_stand_above_its_field(capsys):
+    comments = cli.field_comments(Above)
+    assert comments["mode"] == "what a longer comment says, on two lines"
+    assert comments["both"] == "where a comment follows" and comments["silent"] == ""
+    assert comments["k"] == "said again, at 50%" and comments["whiten"] == "advantages"          # of the dataclass that it extends
+    with pytest.raises(SystemExit):
+        parse(Above, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "what a longer comment says, on two lines [fast]" in text and "said again, at 50% [5]" in text
+
+
 @pytest.mark.parametrize("script", sorted(Path(__file__).parent.parent.glob("train_*.py")), ids=lambda path: path.stem)
 def test_the_scripts_document_every_flag(script):
     """Every field of the real scripts has its comment, and so its line of --help."""
@@ -105,7 +131,7 @@ def test_the_scripts_document_every_flag(script):
     module = importlib.util.module_from_spec(spec)
     sys.modules[script.stem] = module                                          # where inspect finds the source of Config
     spec.loader.exec_module(module)
-    comments = cli._comments(module.Config)
+    comments = cli.field_comments(module.Config)
     assert [name for name in module.Config.__dataclass_fields__ if not comments.get(name)] == []
 
 

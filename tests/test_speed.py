@@ -56,7 +56,7 @@ def test_operations_are_what_pytorch_counts(name, rows):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(batch)
         absent = 0 if head else int((~batch.valid).sum())             # pack_rows reads column 0 where a response is absent
-        late = sum(p.numel() for n, p in trunk.blocks[-1].named_parameters() if p.ndim == 2 and not any(word in n for word in speed.BEFORE))
+        late = sum(p.numel() for n, p in trunk.blocks[-1].named_parameters() if p.ndim == 2 and not any(word in n for word in speed.QKV_NAMES))
         assert counter.get_total_flops() == speed.forward_flops(trunk, rows, head) + more + own + 2 * absent * late
 
 
@@ -68,7 +68,7 @@ def test_meter(monkeypatch):
     meter = speed.Meter(trunk, CPU, "float32")
     assert "5 GFLOP/s" in str(meter) and "no padding" in str(meter)
     rows = [Row([1] * 100, [[2] * 20, [3] * 30]), Row([1] * 40, [[2] * 10]), Row([1] * 206, [[2] * 50])]      # 150, 50 and 256 columns
-    found = meter(rows, [[[0, 1], [2]]], operations=3e9, seconds=2.0)
+    found = meter(rows, [[[0, 1], [2]]], flops=3e9, seconds=2.0)
     # 456 columns in 2 s; 3e9 / 2 of 5e9 operations a second
     assert found == {"tokens": 456, "tokens_per_second": 228.0, "padding": 0.0, "mfu": pytest.approx(0.3), "seconds": 2.0}
     trunk.flex = True                    # micro-batches of 200 and 256: computed as 256 and 256; 56 of 512 are padding
@@ -89,7 +89,7 @@ def test_product_rate(dtype, monkeypatch):
 
 def test_product_rate_is_operations_by_time(monkeypatch):
     ticks = iter([0, 9, 10, 12, 20, 21, 30, 34])                      # 9, 2, 1 and 4 seconds
-    monkeypatch.setattr(speed, "_now", lambda device: next(ticks))
+    monkeypatch.setattr(speed, "synchronised_time", lambda device: next(ticks))
     assert speed.measured_flops(CPU, "float32", repeats=3) == 2 * 1024**3 / 1
 
 

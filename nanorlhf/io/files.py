@@ -1,6 +1,7 @@
-"""Files that are whole or not there: written beside, synced, renamed. With their SHA-256, so that a damaged one is noticed.
+"""Files that are whole or not there: written beside, synced, renamed.
 
-SHA256SUMS lists a folder's files as `sha256sum -c SHA256SUMS` reads it. While files are replaced it has a line for the old and one for
+And their SHA-256, so that a damaged one is noticed: SHA256SUMS lists a folder's files as
+`sha256sum -c SHA256SUMS` reads it. While files are replaced it has a line for the old and one for
 the new content of each, so that a kill at any instant leaves no file that looks damaged.
 """
 import fcntl
@@ -11,31 +12,39 @@ from pathlib import Path
 SUMS = "SHA256SUMS"
 
 
+# ------------------------------------------------------------------------------------- writing
+
 def _write_temporary(path, content):
-    """The new content under another name, on the disk.  content: bytes, or a function that writes the file whose path it is given"""
-    beside = path.with_name(path.name + ".tmp")
+    """The new content under another name, synced to the disk.
+
+    content: bytes, or a function that writes the file whose path it is given  ->  the other path
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         if callable(content):
-            beside.touch()
-            mode = beside.stat().st_mode
-            content(beside)
-            beside.chmod(mode)                   # safetensors makes files that nobody else may read
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            content(temporary)
+            temporary.chmod(mode)                # safetensors' own files are private to the user
         else:
-            beside.write_bytes(content)
-        with open(beside, "rb+") as file:
+            temporary.write_bytes(content)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-    except BaseException as error:               # a disk that is full should not stay full of halves
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:          # "No space left on device" does not say where
-            error.filename = str(path)
+    except BaseException as error:               # a full disk should not stay full of partial files
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)           # "No space left on device" does not name the file
         raise
-    return beside
+    return temporary
 
 
-def _rename(besides):
-    """{path: where its new content is}. The folder is synced too: a rename is an entry of its."""
-    for path, beside in besides.items():
-        os.replace(beside, path)
+def _rename(temporaries):
+    """{path: where its new content is}, of one folder.
+
+    The folder is synced too: a rename is an entry of the folder.
+    """
+    for path, temporary in temporaries.items():
+        os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -43,8 +52,61 @@ def _rename(besides):
         os.close(folder)
 
 
+def replace(path, content):
+    """A reader sees the old file or the new one, never a part of one.
+
+    content: bytes, or a function that writes the file whose path it is given
+    """
+    path = Path(path)
+    _rename({path: _write_temporary(path, content)})
+
+
+def replace_all(folder, contents, remove=()):
+    """Replaces files of a folder and their lines in SHA256SUMS, then removes others.
+
+    Each file is whole at every instant.
+    contents: {name: as in `replace`};  remove: names
+    """
+    folder = Path(folder)
+    for path in partial_files(folder):           # of a process that was killed here
+        path.unlink()
+    temporaries = {}
+    try:
+        for name, content in contents.items():
+            temporaries[folder / name] = _write_temporary(folder / name, content)
+        listed = read_checksums(folder)
+        checksums = {name: listed[name] for name in listed if (folder / name).exists()}
+        new = {}
+        for path, temporary in temporaries.items():
+            new[path.name] = {_sha256(temporary)}
+            old = checksums.get(path.name, set())
+            if not old and path.exists():
+                old = {_sha256(path)}
+            checksums[path.name] = old | new[path.name]
+        _write_checksums(folder, checksums)
+        _rename(temporaries)
+        checksums |= new
+        for name in remove:
+            (folder / name).unlink(missing_ok=True)        # first: an unlisted file is believed
+            checksums.pop(name, None)
+        _write_checksums(folder, checksums)
+    except BaseException:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def partial_files(folder):
+    """What a killed process may have left in a folder: our NAME.tmp, safetensors' .tmpABCDEF."""
+    paths = Path(folder).glob("*")
+    return [path for path in paths if path.suffix == ".tmp" or path.name.startswith(".tmp")]
+
+
 def lock_folder(folder):
-    """The folder is this process's until the descriptor that it gets is closed, or it ends, however. Raises BlockingIOError where another has it."""
+    """The folder is this process's until the descriptor is closed or the process ends, however.
+
+    -> the descriptor.  Raises BlockingIOError where another process has the folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,77 +114,62 @@ def lock_folder(folder):
         os.close(descriptor)
         raise
     except OSError:
-        pass                                     # a file system that has no locks
+        pass                                     # a file system without locks
     return descriptor
 
 
-def partial_files(folder):
-    """What a killed process may have left in a folder: our NAME.tmp, safetensors' .tmpABCDEF."""
-    return [path for path in Path(folder).glob("*") if path.suffix == ".tmp" or path.name.startswith(".tmp")]
-
-
-def replace(path, content):
-    """A reader sees the old file or the new one, never half of one.  content: bytes, or a function that writes the path it is given"""
-    path = Path(path)
-    _rename({path: _write_temporary(path, content)})
-
-
-def replace_all(folder, contents, remove=()):
-    """Replaces files (name -> content) of a folder and their lines in SHA256SUMS, then removes others. Each file is whole at every instant."""
-    folder, besides = Path(folder), {}
-    for half in partial_files(folder):                  # of one who was killed here
-        half.unlink()
-    try:
-        for name, content in contents.items():
-            besides[folder / name] = _write_temporary(folder / name, content)
-        known = {name: digests for name, digests in read_checksums(folder).items() if (folder / name).exists()}
-        new = {path.name: {_sha256(beside)} for path, beside in besides.items()}
-        old = {name: known.get(name) or {_sha256(folder / name)} for name in new if (folder / name).exists()}
-        _write_sums(folder, known | {name: new[name] | old.get(name, set()) for name in new})
-        _rename(besides)
-        for name in remove:                      # before the list forgets it: a file that is not listed is believed
-            (folder / name).unlink(missing_ok=True)
-        _write_sums(folder, {name: digests for name, digests in (known | new).items() if name not in remove})
-    except BaseException:
-        for beside in besides.values():
-            beside.unlink(missing_ok=True)
-        raise
-
+# ----------------------------------------------------------------------------------- checksums
 
 def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_sums(folder, known):
-    replace(folder / SUMS, "".join(f"{digest}  {name}\n" for name in sorted(known) for digest in sorted(known[name])).encode())
+def _write_checksums(folder, checksums):
+    lines = []
+    for name in sorted(checksums):
+        for digest in sorted(checksums[name]):
+            lines.append(f"{digest}  {name}\n")
+    replace(folder / SUMS, "".join(lines).encode())
 
 
 def read_checksums(folder):
-    """What SHA256SUMS says.  -> {name: set of digests}; empty where there is none, a line that is none says nothing"""
-    path, found = Path(folder) / SUMS, {}
+    """What SHA256SUMS lists.  -> {name: set of digests}
+
+    Empty where the file is absent; lines of another form are ignored.
+    """
+    path = Path(folder) / SUMS
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    checksums = {}
     for line in text.splitlines():
         digest, _, name = line.partition("  ")
         if name and name == Path(name).name:
-            found.setdefault(name, set()).add(digest)
-    return found
+            checksums.setdefault(name, set()).add(digest)
+    return checksums
 
 
 def folder_damage(folder):
-    """What is wrong first with the files that a folder's SHA256SUMS lists, or with the list itself, in words; None where nothing is."""
+    """The first problem with SHA256SUMS or with the files that it lists, in words, or None."""
     path = Path(folder) / SUMS
     if not path.is_file() or not path.read_bytes().endswith(b"\n"):
         return f"{SUMS} is gone or cut"
-    return next(filter(None, (file_damage(path.with_name(name)) for name in read_checksums(folder))), None)
+    for name in read_checksums(folder):
+        if problem := file_damage(path.with_name(name)):
+            return problem
+    return None
 
 
 def file_damage(path):
-    """What is wrong with a file that SHA256SUMS beside it lists, in words; None where nothing is, or it is not listed."""
+    """The problem with a file that SHA256SUMS beside it lists, in words.
+
+    None where there is no problem, or no line for the file.
+    """
     path = Path(path)
-    listed = read_checksums(path.parent).get(path.name)
-    if listed and not path.is_file():
+    digests = read_checksums(path.parent).get(path.name)
+    if not digests:
+        return None
+    if not path.is_file():
         return f"{path.name} is gone"
-    if listed and _sha256(path) not in listed:
+    if _sha256(path) not in digests:
         return f"{path.name} is damaged: its SHA-256 is not the one in {SUMS}"
     return None

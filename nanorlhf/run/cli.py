@@ -1,4 +1,7 @@
-"""A frozen dataclass becomes the command line: one line a flag, its comment is its --help. And how a user's files are read: within bounds."""
+"""A frozen dataclass becomes the command line: one flag per field, whose comment is its --help.
+
+And how a script ends: a user's mistake is one line, printed once per job.
+"""
 import argparse
 import dataclasses
 import inspect
@@ -9,23 +12,41 @@ import typing
 
 from ..io.read import InputError
 
-# what every training script has
+# flags of every training script
 COMMON_BOUNDS = dict(
-    steps=(1, None), groups=(1, None), max_tokens=(1, None), max_length=(0, None), lr=(0, 10), warmup=(0, None),
-    seed=(0, 2**63 - 1), eval_every=(1, None), save_every=(1, None),
+    steps=(1, None),
+    groups=(1, None),
+    max_tokens=(1, None),
+    max_length=(0, None),
+    lr=(0, 10),
+    warmup=(0, None),
+    seed=(0, 2**63 - 1),
+    eval_every=(1, None),
+    save_every=(1, None),
 )
+# the comment lines above a field, its name, the comment after it
+FIELD = re.compile(r"((?:^    #.*\n)*)^    (\w+):[^#\n]*(?:# *(.*))?$", re.MULTILINE)
 
+
+# --------------------------------------------------------------------------------------- flags
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(" ".join(f"{message[:300]} (--help lists the flags)".splitlines()))     # a word with a line break in it
+        message = f"{message[:300]} (--help lists the flags)"
+        raise InputError(" ".join(message.splitlines()))     # an argument may hold a line break
 
 
-def _comments(cls):
-    """The trailing comment of each field's line, field by name; a field may come from a dataclass that cls extends."""
-    source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base))
-    found = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.MULTILINE)
-    return {name: comment.replace("%", "%%") for name, comment in found}
+def field_comments(cls):
+    """The comment of each field: the one that follows it on its line, or else the lines above it.
+
+    cls: a dataclass; its fields may come from a dataclass that it extends  ->  {name: comment}
+    """
+    comments = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            for above, name, trailing in FIELD.findall(inspect.getsource(base)):
+                comments[name] = trailing or " ".join(re.findall("# *(.*)", above))
+    return comments
 
 
 def _boolean(text):
@@ -35,69 +56,102 @@ def _boolean(text):
 
 
 def parse(cls, arguments=None):
-    """Reads the command line (or a list of words) into the dataclass `cls`; unknown flags and wrong values raise InputError."""
-    parser = _Parser(description=(inspect.getmodule(cls).__doc__ or cls.__doc__).strip(), allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = _comments(cls)
+    """Reads the command line (or a list of arguments) into the dataclass `cls`.
+
+    Raises InputError for unknown flags and wrong values.
+    """
+    parser = _Parser(
+        description=(inspect.getmodule(cls).__doc__ or cls.__doc__).strip(),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    comments = field_comments(cls)
     for field in dataclasses.fields(cls):
-        kind, options = field.type, {"help": comments.get(field.name, "")}
+        options = {"help": comments.get(field.name, "").replace("%", "%%")}
         if field.default is dataclasses.MISSING:
             options["required"] = True
         else:
             options["default"] = field.default
-            options["help"] += f"  [{field.default if field.default != '' else 'none'}]"
-        if typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
-        elif kind is bool:
+            options["help"] += f"  [{'none' if field.default == '' else field.default}]"
+        if typing.get_origin(field.type) is typing.Literal:
+            options["choices"] = typing.get_args(field.type)
+        elif field.type is bool:
             options.update(type=_boolean, nargs="?", const=True, metavar="true|false")
         else:
-            options.update(type=kind, metavar=kind.__name__)
+            options.update(type=field.type, metavar=field.type.__name__)
         parser.add_argument(f"--{field.name}", **options)
     return cls(**vars(parser.parse_args(arguments)))
 
 
-
-
-
-
 def check_bounds(config, **bounds):
-    """check(config, k=(1, None), lr=(0, 1)): refuses a field outside [low, high], a NaN among them."""
+    """check_bounds(config, k=(1, None), lr=(0, 1)): refuses a field outside [low, high] or NaN."""
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if not (value >= low and (high is None or value <= high)):
-            raise InputError(f"--{name} {value}: must be {'at least ' + str(low) if high is None else f'between {low} and {high}'}")
+            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise InputError(f"--{name} {value}: must be {allowed}")
 
 
 def context_limit(max_length, context):
-    """--max_length, 0 being the model's context; more than the context is refused."""
+    """--max_length, where 0 stands for the model's context; more than the context is refused."""
     if max_length > context:
         raise InputError(f"--max_length {max_length}: the model's context is {context}")
     return max_length or context
 
 
-def should_report(message, echo):
-    """Should this process say it? Of several that are about to end with the same message, one should: here one a machine. dist.setup, which knows
-    the others, puts a better answer in this one's place.
-    """
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+# ------------------------------------------------------------------------------- how a script ends
+
+class Reporter:
+    """Chooses the process that prints why a job ends: several may end with the same message."""
+
+    store = None           # that the processes of the job share; dist.setup fills it in
+
+    def should_report(self, message, is_echo):
+        """Is this process the first of the job with this message? Without a store: of its machine.
+
+        is_echo: the error says that another process has ended; it is printed only where no process
+        has printed a reason.
+        """
+        if self.store is None:
+            return os.environ.get("LOCAL_RANK", "0") == "0"
+        try:
+            is_first = self.store.add("any message", 1) == 1
+            return is_first if is_echo else self.store.add(message, 1) == 1
+        except RuntimeError:                     # the process that held the store has ended
+            return True
+
+
+reporter = Reporter()
 
 
 def run_script(main, cls):
-    """The last line of a script: parse, call main, and end a user's mistake with one line and exit code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")        # a terminal without a sample's letters shows their codes
+    """The last line of a script: parses the flags and calls main(config).
+
+    A user's mistake, a full disk or a lost process ends with one line and exit code 2, a signal
+    with its own code.
+    """
+    # a terminal that lacks the letters of a sample shows their codes
+    sys.stdout.reconfigure(errors="backslashreplace")
+    code = 2
+    is_echo = False
     try:
         main(parse(cls))
         return
     except (InputError, FloatingPointError) as error:
-        message, code, echo = f"error: {error}", 2, False
-    except BrokenPipeError:                      # whoever read our output has left (`| head`): nobody to tell
+        message = f"error: {error}"
+    except BrokenPipeError:                      # the reader of our output has left (`| head`)
         os._exit(1)
     except OSError as error:
-        message, code, echo = f"error: {error.filename or ''}: {error.strerror or error}; what was saved before is whole", 2, isinstance(error, ConnectionError)
+        reason = f"{error.filename or ''}: {error.strerror or error}"
+        message = f"error: {reason}; what was saved before is whole"
+        is_echo = isinstance(error, ConnectionError)
     except KeyboardInterrupt as error:
-        message, code, echo = str(error) or "stopped", getattr(error, "code", 130), False
-    if should_report(message, echo):
-        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)        # what a user's function raised may have several lines
+        message = str(error) or "stopped"
+        code = getattr(error, "code", 130)
+    if reporter.should_report(message, is_echo):
+        # an error of a user's function may have several lines
+        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        os._exit(code)                           # taking the processes' group apart would wait for those that wait for us
+        # destroying the process group would wait for processes that wait for this one
+        os._exit(code)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""metrics.jsonl (one object a line), samples.jsonl (texts to look at), and the progress line."""
+"""metrics.jsonl (one object per line), samples.jsonl (texts to look at), and the progress line."""
 import json
 import math
 import sys
@@ -9,36 +9,64 @@ from ..io.files import replace
 
 
 def to_json(value):
-    """Floats as JSON allows them: NaN and infinity become null; seven digits are enough to plot and to compare."""
+    """Floats as JSON allows them: NaN and infinity become null.
+
+    Seven digits are enough to plot and to compare.
+    """
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value
 
 
 def header(title, **lines):
-    """What will happen, before it does: a line a subject, names as given."""
-    print(f"{title}\n" + "".join(f"  {name:<10}{text}\n" for name, text in lines.items()), flush=True)
+    """What will happen, before it does: one line per subject, names as given."""
+    print(title)
+    for name, text in lines.items():
+        print(f"  {name:<10}{text}")
+    print(flush=True)
 
 
 class Log:
-    """Appends rows to OUT/metrics.jsonl and OUT/samples.jsonl. Rows at or after `start` belong to steps that are done again: they go.
+    """Appends rows to OUT/metrics.jsonl and OUT/samples.jsonl, and prints.
 
-    show: the names that the progress line has room for, the file has them all;  writes: false at all processes but one.
+    Rows at or after `start` belong to steps that are done again: they are removed.
+    progress_keys: the names on the progress line; the file has all of them
+    is_main: one process alone writes
     """
 
-    def __init__(self, out, start, steps, show, writes=True):
-        self.start, self.steps, self.show, self.began, self.files, self.writes = start, steps, show, time.time(), {}, writes
-        for name in ("metrics", "samples") if writes else ():
-            path = Path(out) / f"{name}.jsonl"
-            kept = [(line, step) for line, step in self._rows(path) if step < start and start]               # -1 is before the first step
-            lost = set(range(start)) - {step for _, step in kept}
-            if lost and name == "metrics":
-                self.warn(f"{path}: nothing about {len(lost)} of the {start} steps before, the first of them step {min(lost)}")
-            replace(path, b"".join(line for line, _ in kept))
-            self.files[name] = open(path, "a", encoding="utf-8", errors="backslashreplace")      # half a surrogate pair becomes JSON's \uXXXX
+    def __init__(self, out, start, steps, progress_keys, is_main=True):
+        self.start = start
+        self.steps = steps
+        self.progress_keys = progress_keys
+        self.is_main = is_main
+        self.began = time.time()
+        self.files = {}
+        if is_main:
+            for name in ("metrics", "samples"):
+                self._open(name, Path(out) / f"{name}.jsonl")
 
-    def _rows(self, path):
-        """(line, step) of whole lines, as bytes: a killed process may have left half of one, and a text may hold U+2028, where str.splitlines cuts too."""
+    def _open(self, name, path):
+        kept_lines = []
+        missing = set(range(self.start))
+        for line, step in self._read_rows(path):
+            if step < self.start and self.start:           # -1 is before the first step
+                kept_lines.append(line)
+                missing.discard(step)
+        if missing and name == "metrics":
+            self.warn(
+                f"{path}: nothing about {len(missing)} of the {self.start} steps before, "
+                f"the first of them step {min(missing)}"
+            )
+        replace(path, b"".join(kept_lines))
+        # half a surrogate pair becomes JSON's \uXXXX
+        self.files[name] = open(path, "a", encoding="utf-8", errors="backslashreplace")
+
+    def _read_rows(self, path):
+        """(line, step) of every whole line, as bytes.
+
+        A killed process may have left half of a line; and a text may hold U+2028, at which
+        str.splitlines would cut too.
+        """
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         for number, line in enumerate(lines, 1):
             if line.endswith(b"\n"):
@@ -47,32 +75,37 @@ class Log:
                 except (ValueError, KeyError, TypeError, RecursionError):
                     self.warn(f"{path}:{number}: damaged, left out ({line[:60]!r})")
 
-    def _write(self, name, row):
-        if self.writes:
+    def _write(self, name, **row):
+        if self.is_main:
+            values = {key: to_json(value) for key, value in row.items()}
             file = self.files[name]
             try:
-                file.write(json.dumps({key: to_json(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
                 file.flush()
-            except OSError as error:             # the disk is full: Python does not say which file
+            except OSError as error:             # the disk is full: Python does not name the file
                 raise OSError(error.errno, error.strerror, file.name) from None
 
     def step(self, step, **numbers):
-        self._write("metrics", {"step": step, **numbers})
-        left = (time.time() - self.began) / (step + 1 - self.start) * (self.steps - step - 1)
-        shown = "  ".join(f"{key} {numbers[key]:.4g}" for key in self.show)
-        print(f"step {step + 1}/{self.steps}  {shown}  left {left / 60:.1f} min", flush=True)
+        self._write("metrics", step=step, **numbers)
+        seconds_per_step = (time.time() - self.began) / (step + 1 - self.start)
+        minutes = seconds_per_step * (self.steps - step - 1) / 60
+        progress = "  ".join(f"{key} {numbers[key]:.4g}" for key in self.progress_keys)
+        print(f"step {step + 1}/{self.steps}  {progress}  left {minutes:.1f} min", flush=True)
 
     def eval(self, step, **numbers):
-        """A line of its own with eval_ names; `step` counts finished steps minus one, as in `step`."""
-        self._write("metrics", {"step": step, **numbers})
-        print("  ".join(["  held out:"] + [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()]), flush=True)
+        """A row of its own with eval_ names; `step` is finished steps minus one, as in `step`."""
+        self._write("metrics", step=step, **numbers)
+        words = ["  held out:"]
+        for key, value in numbers.items():
+            words.append(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}")
+        print("  ".join(words), flush=True)
 
-    def text(self, step, prompt, response, **more):
-        """A text, in the file whole, on the terminal the prompt's end only."""
-        self._write("samples", {"step": step, "prompt": prompt, "response": response, **more})
-        numbers = "  ".join(f"{key} {value:.3g}" for key, value in more.items() if isinstance(value, float))
-        print(f"  ...{prompt[-60:]!r} -> {response!r}  {numbers}", flush=True)
+    def text(self, step, prompt, response, **numbers):
+        """A prompt and a response: whole in the file; the terminal shows the prompt's end only."""
+        self._write("samples", step=step, prompt=prompt, response=response, **numbers)
+        shown = [f"{key} {value:.3g}" for key, value in numbers.items() if isinstance(value, float)]
+        print(f"  ...{prompt[-60:]!r} -> {response!r}  {'  '.join(shown)}", flush=True)
 
     def warn(self, message):
-        if self.writes:
+        if self.is_main:
             print(f"  warning: {message}", file=sys.stderr, flush=True)

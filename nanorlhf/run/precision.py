@@ -1,5 +1,7 @@
-"""Number formats. --dtype names the forward's: under bfloat16 the matrix products are computed in it, while weights that are
-trained, softmax, losses and optimizer stay float32.
+"""Number formats. --dtype names the forward's.
+
+Under bfloat16 the matrix products are computed in it, while weights that are trained, softmax,
+losses and optimizer stay float32.
 """
 import torch
 from torch import nn
@@ -12,15 +14,19 @@ def master_dtype(dtype: str) -> torch.dtype:
 
 def autocast(model: nn.Module, dtype: str) -> torch.autocast:
     """The context of a forward in this number format."""
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+    device = next(model.parameters()).device
+    enabled = dtype == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled)
 
 
 def freeze(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
-    """A model that is not trained, on its device. Under bfloat16 the matrices of its blocks are kept in bfloat16: autocast
-    casts them so in every forward, so the outputs are the same bit for bit, with half the memory.
+    """A model that is not trained, on its device.
+
+    Under bfloat16 the matrices of its blocks are kept in bfloat16: autocast casts them so in every
+    forward, so the outputs are the same bit for bit, with half the memory.
     """
-    model.to(device, master_dtype(dtype)).requires_grad_(False)
+    model.to(device, master_dtype(dtype))
+    model.requires_grad_(False)
     if dtype == "bfloat16":
         for layer in model.trunk.blocks.modules():
             weight = getattr(layer, "weight", None)

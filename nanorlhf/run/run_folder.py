@@ -1,7 +1,9 @@
-"""A run's folder. Process 0 alone reads and writes it; it is whole at every instant, and nothing in it is ever unpickled.
+"""A run's folder. Process 0 alone reads and writes it; it is whole at every instant, and nothing in
+it is ever unpickled.
 
 RUN/config.json                    every flag, the versions, the parent run
-RUN/state-000120.safetensors       after 120 steps: weights, optimizer, and the few numbers that change; the newest KEEP stay
+RUN/state-000120.safetensors       after 120 steps: weights, optimizer, and the few numbers that
+                                   change; the newest KEEP remain
 RUN/nonfinite-000057.safetensors   weights and rows of a step whose loss or gradient was not finite
 RUN/SHA256SUMS                     of these files; RUN/model/ has its own
 """
@@ -9,7 +11,7 @@ import dataclasses
 import json
 import os
 import re
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,196 +31,267 @@ from ..io.read import InputError, parse_json
 from . import dist
 
 KEEP = 2                   # states: if the newest is damaged, the one before is there
+LIBRARIES = ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")
 
 
 def states(out):
     """State files, newest first."""
-    return sorted((path for path in Path(out).glob("state-*.safetensors") if re.fullmatch(r"state-\d+", path.stem)), key=_step, reverse=True)
+    paths = Path(out).glob("state-*.safetensors")
+    paths = [path for path in paths if re.fullmatch(r"state-\d+", path.stem)]
+    return sorted(paths, key=_step, reverse=True)
 
 
 def _step(path):
     return int(path.stem.removeprefix("state-"))
 
 
-# ---------------------------------------------------------------------------------------------------------- the same run?
+def read_metadata(path):
+    """The metadata of a state or of a report.  -> dict"""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return parse_json((file.metadata() or {}).get("run", "").encode(), path)
+    except SafetensorError as error:
+        reason = _one_line(error)
+        raise InputError(f"{path}: not a readable safetensors file ({reason})") from None
+
+
+def _one_line(error):
+    return " ".join(str(error)[:100].split())
+
+
+# -------------------------------------------------------------------------------- the same run?
 
 def resumable(config, script):
-    """Is this a new run, or the same one again? Other flags than the run was started with are refused.  -> true where there is a state to resume"""
-    return dist.on_rank_zero(lambda: _resumable(Path(config.out), dataclasses.asdict(config), script))
+    """Is this a new run, or the same one again?  -> true where there is a state to resume
+
+    Other flags than those that the run was started with are refused.
+    """
+    flags = dataclasses.asdict(config)
+    return dist.on_rank_zero(lambda: _resumable(Path(config.out), flags, script))
 
 
 def _resumable(out, flags, script):
-    if not (out / "config.json").exists() and not states(out):
-        if out.exists() and (not out.is_dir() or {*out.iterdir()} - {*partial_files(out), out / SUMS}):      # halves, SUMS: killed in its first write
+    """By what the folder holds:
+
+    neither config.json nor a state
+        no other file, but for what a kill in the first write left     new
+        other files                                                    refused
+    a run of another script                                            refused
+    no state
+        SHA256SUMS lists one: somebody has removed it                  refused
+        nothing was saved: a start with other flags loses nothing      new
+    a state
+        of the same flags                                              resumed
+        --steps has grown, under a constant schedule                   resumed
+        of other flags                                                 refused
+    """
+    if not states(out) and not (out / "config.json").exists():
+        expected = {*partial_files(out), out / SUMS}
+        if out.exists() and not (out.is_dir() and {*out.iterdir()} <= expected):
             raise InputError(f"--out {out}: exists and is not a run of ours; name another folder")
         return False
-    before = _started_with(out)
-    if not states(out) and before["script"] == script:
-        if not partial_files(out) and any(name.startswith("state-") for name in read_checksums(out)):
-            raise InputError(f"--out {out}: its states are gone, so it cannot go on; name another folder, or remove this one")
-        return False                             # it never saved anything: nothing is lost by starting again with other flags
+    before = _read_config(out)
     if before["script"] != script:
         raise InputError(f"--out {out}: a run of {before['script']!s:.80}, not of {script}")
-    old = before["flags"]
-    other = [f"--{key} {old.get(key)!r:.80} is now {value!r}" for key, value in flags.items() if old.get(key) != value and key not in ("steps", "out")]
-    if old["steps"] != flags["steps"]:
-        if flags["schedule"] != "constant":
-            other.append(f"--steps {old['steps']} is now {flags['steps']} (only with --schedule constant: the learning rate depends on it)")
-        elif flags["steps"] < old["steps"]:
-            other.append(f"--steps {old['steps']} is now {flags['steps']} (fewer)")
-    if other:
-        raise InputError(f"--out {out} was started with other flags: {'; '.join(other)}")
+    if not states(out):
+        had_states = any(name.startswith("state-") for name in read_checksums(out))
+        if had_states and not partial_files(out):          # these: killed in its first save
+            raise InputError(
+                f"--out {out}: its states are gone, so it cannot go on; "
+                "name another folder, or remove this one"
+            )
+        return False
+    changes = _changed_flags(before["flags"], flags)
+    if changes:
+        raise InputError(f"--out {out} was started with other flags: {'; '.join(changes)}")
     return True
 
 
-def _started_with(out):
+def _changed_flags(old, flags):
+    """-> words for each flag that must not change and has"""
+    changes = []
+    for key, value in flags.items():
+        if key not in ("steps", "out") and old.get(key) != value:
+            changes.append(f"--{key} {old.get(key)!r:.80} is now {value!r}")
+    steps = f"--steps {old['steps']} is now {flags['steps']}"
+    if flags["schedule"] != "constant" and flags["steps"] != old["steps"]:
+        changes.append(f"{steps} (only with --schedule constant: the learning rate depends on it)")
+    elif flags["steps"] < old["steps"]:
+        changes.append(f"{steps} (fewer)")
+    return changes
+
+
+def _read_config(out):
     """{script, flags} of the run: from config.json, or where that is damaged, from a state."""
-    said = []
+    problems = []
     for path in [out / "config.json", *states(out)]:
         try:
-            if wrong := file_damage(path):
-                raise InputError(f"{out}: {wrong}")
-            found = read_metadata(path) if path.suffix == ".safetensors" else read_json(path)
-            if type(found.get("script")) is not str or type(found.get("flags")) is not dict or type(found["flags"].get("steps")) is not int:
+            if problem := file_damage(path):
+                raise InputError(f"{out}: {problem}")
+            values = read_json(path) if path.suffix == ".json" else read_metadata(path)
+            flags = values.get("flags")
+            has_steps = type(flags) is dict and type(flags.get("steps")) is int
+            if type(values.get("script")) is not str or not has_steps:
                 raise InputError(f"{path}: does not say which script made it, with which flags")
         except InputError as error:
-            said.append(str(error))
+            problems.append(str(error))
             continue
-        if said:
-            print(f"  warning: {said[0]}; the flags are read from {path.name}")
-        return found
-    raise InputError(f"{said[0]}, and no state is whole; remove the folder to start again")
+        if problems:
+            print(f"  warning: {problems[0]}; the flags are read from {path.name}")
+        return values
+    raise InputError(f"{problems[0]}, and no state is whole; remove the folder to start again")
 
 
-LOCKS = []                  # the lock on this process's run folder: it goes with the process, or to its next run
-
-
-def _lock(out):
-    """Of two runs in one folder each would take away the other's files."""
-    while LOCKS:
-        os.close(LOCKS.pop())
-    try:
-        LOCKS.append(lock_folder(out))
-    except BlockingIOError:
-        raise InputError(f"--out {out}: another process is at work there; wait for it, or stop it") from None
+# The lock on this process's run folder, until the process ends or begins its next run: of two runs
+# in one folder each would remove the other's files.
+LOCKS = []
 
 
 def write_config(config, script, parent):
-    """Writes the run's config.json: from here on the folder is a run."""
-    versions = {name: metadata.version(name) for name in ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")}
-
+    """Locks the folder and writes the run's config.json: from here on the folder is a run."""
     def write():
-        out, origin = Path(config.out), Path(parent) / "config.json"
-        lineage = read_json(origin) if origin.exists() else {}
-        values = {"script": script, "flags": dataclasses.asdict(config), "versions": versions, "parent": lineage if "flags" in lineage else None}
+        out = Path(config.out)
+        parent_config = Path(parent) / "config.json"
+        lineage = read_json(parent_config) if parent_config.exists() else {}
+        values = {
+            "script": script,
+            "flags": dataclasses.asdict(config),
+            "versions": {name: version(name) for name in LIBRARIES},
+            "parent": lineage if "flags" in lineage else None,
+        }
         try:
             out.mkdir(parents=True, exist_ok=True)
-            _lock(out)
+            while LOCKS:
+                os.close(LOCKS.pop())
+            LOCKS.append(lock_folder(out))
             replace_all(out, {"config.json": (json.dumps(values, indent=1) + "\n").encode()})
+        except BlockingIOError:
+            problem = "another process is at work there; wait for it, or stop it"
+            raise InputError(f"--out {out}: {problem}") from None
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
     dist.on_rank_zero(write)
 
 
-# ---------------------------------------------------------------------------------------------------------------- states
+# -------------------------------------------------------------------------------------- states
 
 def save(config, script, model, optimizer, step, export, **numbers):
-    """The model as `export()` writes it, then everything the next step depends on.
+    """The model as `export()` writes it, then everything that the next step depends on.
 
     step: finished steps;  numbers: what else changes (the KL coefficient)
+    Adam's state is written by hand, one tensor per parameter and moment, by the parameter's name:
+    optimizer.state_dict() numbers the parameters, and would not fit a safetensors file.
     """
-    dist.on_rank_zero(lambda: (export(), _save(config, script, model, optimizer, step, numbers)))
+    def write():
+        export()
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach().cpu()
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value.cpu()
+        flags = dataclasses.asdict(config)
+        del flags["out"]                         # a run's folder may be moved
+        metadata = {
+            "script": script,
+            "flags": flags,
+            "step": step,
+            "threads": torch.get_num_threads(),
+            "processes": dist.world_size(),
+            **numbers,
+        }
+        file = f"state-{step:06}.safetensors"
+        old = states(config.out)
+        # later ones are damaged, or the run would have gone on from there
+        keep = [file] + [path.name for path in old if _step(path) < step][: KEEP - 1]
+        remove = [path.name for path in old if path.name not in keep]
+        content = save_tensors(tensors, {"run": json.dumps(metadata)})
+        replace_all(config.out, {file: content}, remove)
+    dist.on_rank_zero(write)
 
 
-def _save(config, script, model, optimizer, step, numbers):
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach().cpu()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.cpu()
-    flags = {key: value for key, value in dataclasses.asdict(config).items() if key != "out"}
-    about = {"script": script, "flags": flags, "step": step, "threads": torch.get_num_threads(), "processes": dist.world_size(), **numbers}
-    earlier = [path for path in states(config.out) if _step(path) < step]
-    stay = {path.name for path in earlier[: KEEP - 1]}                 # later ones are damaged, or the run would have gone on from there
-    gone = [path.name for path in states(config.out) if path.name not in stay and _step(path) != step]
-    replace_all(config.out, {f"state-{step:06}.safetensors": save_tensors(tensors, {"run": json.dumps(about)})}, gone)
+def load(config, model, optimizer, initial):
+    """Resumes from the newest state that is whole.
 
-
-def read_metadata(path):
-    """What a state or a report says of itself.  -> dict"""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return parse_json((file.metadata() or {}).get("run", "").encode(), path)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error)[:100].split())})") from None
-
-
-def load(config, model, optimizer, fresh):
-    """Fills the optimizer at every process, the model at process 0, from the newest state that is whole; dist.share(model) is next, as in a new run.
-
-    fresh: the numbers of a new run  ->  those of this one
+    Fills the optimizer at every process, and the model at process 0: dist.broadcast follows, as in
+    a new run.
+    initial: the numbers of a new run  ->  those of this one
     """
-    numbers = dist.on_rank_zero(lambda: _load(config, model, optimizer, {**fresh, "threads": 1, "processes": 1}))
-    if numbers["moments"]:
+    expected = {**initial, "threads": 1, "processes": 1}
+    numbers = dist.on_rank_zero(lambda: _load(config, model, optimizer, expected))
+    if numbers["has_moments"]:
         for parameter in model.parameters():
             if dist.rank() > 0:
-                optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu"),
-                                              "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
             dist.broadcast(optimizer.state[parameter].values())
-    same = numbers["processes"] == dist.world_size()
-    if same:
-        torch.set_num_threads(numbers["threads"])                      # sums are split by threads: another number gives other last bits
-    print(f"resuming at step {numbers['step']}" + ("" if same else f", to rounding: it had {numbers['processes']} processes, now {dist.world_size()}"))
-    return {name: numbers[name] for name in fresh}
+    note = ""
+    if numbers["processes"] == dist.world_size():
+        # sums are split by threads: another number of them gives other last bits
+        torch.set_num_threads(numbers["threads"])
+    else:
+        note = f", to rounding: it had {numbers['processes']} processes, now {dist.world_size()}"
+    print(f"resuming at step {numbers['step']}{note}")
+    return {name: numbers[name] for name in initial}
 
 
-def _load(config, model, optimizer, wanted):
+def _load(config, model, optimizer, expected):
     out = Path(config.out)
-    broken_model = folder_damage(out / "model")
-    said = [f"{out / 'model'}: {broken_model}"] if broken_model and states(out) else []
+    problems = []
+    model_damage = folder_damage(out / "model") if states(out) else None
+    if model_damage:
+        problems.append(f"{out / 'model'}: {model_damage}")
     for path in states(out):
-        if broken_model and _step(path) == config.steps:               # at the end there is no next save that writes the model again
-            continue
+        if model_damage and _step(path) == config.steps:
+            continue                             # no save would follow that writes the model again
         optimizer.state.clear()
         try:
-            if wrong := file_damage(path):
-                raise ValueError(wrong)
-            numbers = _restore(path, model, optimizer, wanted)
+            if problem := file_damage(path):
+                raise ValueError(problem)
+            numbers = _restore(path, model, optimizer, expected)
         except torch.OutOfMemoryError:
             raise                                # nothing is wrong with the file
         except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            said.append(f"{path}: damaged or of another model ({' '.join(str(error)[:100].split())})")
+            problems.append(f"{path}: damaged or of another model ({_one_line(error)})")
             continue
-        if said:
-            print(f"  warning: {'; '.join(said)}; going on from {path.name}")
-        for old in [other for other in states(out) if _step(other) < _step(path)][KEEP - 1:]:
-            old.unlink()                         # killed in its last save, before it went
-        return numbers | {"moments": len(optimizer.state) > 0}
-    raise InputError(f"{'; '.join(said) or f'{out}: no state here'}; remove the folder to start again")
+        if problems:
+            print(f"  warning: {'; '.join(problems)}; going on from {path.name}")
+        # A kill in the last save may have left older states, and no save follows that removes them.
+        for older in [other for other in states(out) if _step(other) < _step(path)][KEEP - 1:]:
+            older.unlink()
+        return numbers | {"has_moments": len(optimizer.state) > 0}
+    problems = "; ".join(problems) or f"{out}: no state here"
+    raise InputError(f"{problems}; remove the folder to start again")
 
 
 @torch.no_grad()
-def _restore(path, model, optimizer, wanted):
-    """wanted: numbers as an example of those that must be there.  -> the numbers"""
-    numbers, parameters = read_metadata(path), dict(model.named_parameters())
-    for key, value in wanted.items():
-        if type(numbers[key]) is not type(value) or not 0 <= numbers[key] < 2**31 or key in ("threads", "processes") and not 0 < numbers[key] < 2**16:
-            raise ValueError(f"{key} is {numbers[key]!r:.40}")
+def _restore(path, model, optimizer, expected):
+    """expected: an example of each number that must be there  ->  the numbers"""
+    numbers = read_metadata(path)
+    for key, example in expected.items():
+        number = numbers[key]
+        low, high = (1, 2**16) if key in ("threads", "processes") else (0, 2**31)
+        if type(number) is not type(example) or not low <= number < high:
+            raise ValueError(f"{key} is {number!r:.40}")
+    parameters = dict(model.named_parameters())
     with safe_open(path, framework="pt") as file:
         keys = set(file.keys())
-        if {key for key in keys if key.startswith("model.")} != {f"model.{name}" for name in parameters}:
+        weights = {key for key in keys if key.startswith("model.")}
+        if weights != {f"model.{name}" for name in parameters}:
             raise ValueError("its weights have other names")
         for name, parameter in parameters.items():
-            state = {key: file.get_tensor(f"{key}.{name}") for key in ("model", "step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in keys}
-            if len(state) not in (1, 4) or any(value.shape != parameter.shape for key, value in state.items() if key != "step"):
+            state = {}
+            shapes = {parameter.shape}
+            for key in ("model", "step", "exp_avg", "exp_avg_sq"):
+                if f"{key}.{name}" in keys:
+                    state[key] = file.get_tensor(f"{key}.{name}").to(parameter.device)
+                    if key != "step":
+                        shapes.add(state[key].shape)
+            if len(state) not in (1, 4) or len(shapes) > 1:
                 raise ValueError(f"{name} has another shape, or half of its moments")
             parameter.copy_(state.pop("model"))
             if state:
-                optimizer.state[parameter] = {k: v if k == "step" and not parameter.is_cuda else v.to(parameter.device) for k, v in state.items()}
+                optimizer.state[parameter] = state
     return numbers
-
-
-# ------------------------------------------------------------------------------------------------- steps that are not finite
-
-
-

@@ -1,4 +1,4 @@
-"""What the three training loops share and nobody learns from: where they begin, when they evaluate and save, how they end."""
+"""What the three training loops share beside the method: their start, evaluations, saves, end."""
 from collections import Counter
 from collections.abc import Callable
 
@@ -14,31 +14,42 @@ from .signals import GracefulStop, Preempted
 class TrainingRun:
     """A run in its folder: a new one, or the same one again.
 
-    first_step: where the loop begins;  numbers: what changes from step to step besides the model (`step`, the
-    NonFiniteGuard's counts, and what the script adds, such as the KL coefficient), as of the last save.
+    first_step: where the loop begins
+    numbers: what changes from step to step besides the model, as of the last save: `step`, the
+        NonFiniteGuard's counts, and what the script adds, such as the KL coefficient
     """
 
-    def __init__(self, config, script: str, model: nn.Module, optimizer, parent: str, progress, resuming: bool, **numbers):
-        """parent: the model that it starts from;  progress: names of the progress line;  numbers: their initial values"""
-        initial = {"step": 0, "skipped": 0, "in_a_row": 0, **numbers}
-        self.numbers = run_folder.load(config, model, optimizer, initial) if resuming else initial
+    def __init__(
+        self, config, script: str, model: nn.Module, optimizer,
+        parent: str, progress, resuming: bool, **numbers
+    ):
+        """parent: the model that it starts from;  progress: keys of the progress line
+
+        numbers: the initial values of what the script adds
+        """
+        numbers = {"step": 0, "skipped": 0, "in_a_row": 0, **numbers}
+        if resuming:
+            numbers = run_folder.load(config, model, optimizer, numbers)
         dist.broadcast(model.parameters())
         self.config = config
         self.script = script
         self.model = model
         self.optimizer = optimizer
-        self.first_step = self.numbers["step"]
-        self.guard = NonFiniteGuard(config, script, model, self.numbers["skipped"], self.numbers["in_a_row"])
-        run_folder.write_config(config, script, parent)    # also where it resumes: --steps may be more than before
+        self.numbers = numbers
+        self.first_step = numbers["step"]
+        counts = (numbers["skipped"], numbers["in_a_row"])
+        self.guard = NonFiniteGuard(config, script, model, *counts)
+        # also where it resumes: --steps may be more than before
+        run_folder.write_config(config, script, parent)
         self.log = Log(config.out, self.first_step, config.steps, progress, dist.rank() == 0)
         self.stop = GracefulStop()
         self.signum = 0
 
     def poll_signals(self, device: torch.device) -> float:
         """Has a signal come, at any process?  -> the greatest memory of a process, GB"""
-        signums, memory = zip(*dist.all_gather_object([self.stop.signum, speed.peak_memory(device)]))
-        self.signum = max(signums)
-        return max(memory)
+        local = [self.stop.signum, speed.peak_memory(device)]
+        self.signum, memory = map(max, zip(*dist.all_gather_object(local)))
+        return memory
 
     def is_last(self, step: int) -> bool:
         return step + 1 == self.config.steps
@@ -47,15 +58,16 @@ class TrainingRun:
         return self.is_last(step) or (step + 1) % self.config.eval_every == 0
 
     def save_or_stop(self, step: int, export: Callable[[], None], **numbers):
-        """Saves by --save_every, at the end, and after a signal, which then ends the run by Preempted.
+        """Saves by --save_every, at the end, and after a signal, which then raises Preempted.
 
         export: writes the model folder;  numbers: what the script adds, as in the constructor
         """
         is_last = self.is_last(step)
         if is_last or self.signum or (step + 1) % self.config.save_every == 0:
+            numbers |= self.guard.numbers()
             run_folder.save(
-                self.config, self.script, self.model, self.optimizer, step + 1, export,
-                **self.guard.numbers(), **numbers,
+                self.config, self.script, self.model, self.optimizer,
+                step + 1, export, **numbers
             )
         if self.signum and not is_last:
             raise Preempted(self.signum)
@@ -84,6 +96,7 @@ def describe_numbers(config, device: torch.device, optimizer) -> str:
     processes = f"{dist.world_size()} process{'es' * (dist.world_size() > 1)}"
     return (
         f"{config.dtype} on {device}, {processes} of {torch.get_num_threads()} threads, "
-        f"AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, eps {optimizer.defaults['eps']:g}, "
+        f"AdamW lr {config.lr} {config.schedule}, warmup {config.warmup}, "
+        f"eps {optimizer.defaults['eps']:g}, "
         f"gradient norm clipped at {optim.MAX_GRAD_NORM}, dropout 0"
     )
