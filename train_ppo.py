@@ -495,10 +495,8 @@ def describe(setup, dataset, prompts, held_prompts, dropped, optimizer):
 def main(config):
     check_bounds(
         config, **COMMON_BOUNDS,
-        k=(1, None), max_new_tokens=(1, None), temperature=(1e-3, None), kl_coef=(0, None),
-        kl_coef_target=(0, None), kl_horizon=(config.groups * config.k, None), gamma=(0, 1),
-        lam=(0, 1), clip=(0, None), value_clip=(0, None), vf_coef=(0, None), epochs=(1, None),
-        minibatches=(1, None), target_kl=(0, None), eos_penalty=(0, None),
+        k=1, max_new_tokens=1, temperature=1e-3, kl_horizon=config.groups * config.k,
+        gamma=(0, 1), lam=(0, 1), epochs=1, minibatches=1,
     )
     if config.groups % config.minibatches:
         raise InputError(

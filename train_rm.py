@@ -236,10 +236,7 @@ def load_rows(dataset, tokenizer, max_length, config):
 
 
 def main(config):
-    check_bounds(
-        config, **COMMON_BOUNDS,
-        quantiles=(2, 1000), kappa=(0, None), rank_coef=(0, None), quantile_coef=(0, None),
-    )
+    check_bounds(config, **COMMON_BOUNDS, quantiles=(2, 1000))
     device = dist.setup(config.device, config.seed)
     resuming = run_folder.resumable(config, SCRIPT)
     model_folder = Path(config.out) / "model"

@@ -2,12 +2,9 @@
 from itertools import combinations
 
 import torch
-from torch import Tensor
-
-from .batching import Row
 
 
-def pair_accuracy(rows: list[Row], scores: list[list[float]]) -> dict[str, float]:
+def pair_accuracy(rows, scores):
     """How often the better response has the higher score, ties half, over all pairs in groups.
 
     -> eval_accuracy, eval_pairs, and eval_accuracy_of_longer, which longer responses would have: a
@@ -31,11 +28,11 @@ def pair_accuracy(rows: list[Row], scores: list[list[float]]) -> dict[str, float
     }
 
 
-def wins(a: float, b: float) -> float:
+def wins(a, b):
     return (a > b) + 0.5 * (a == b)
 
 
-def auc(scores: Tensor, labels: Tensor) -> float:
+def auc(scores, labels):
     """Chance that a good response of any prompt outscores a bad one of any prompt, ties half.
     (n,), (n,) bool -> float
     """
@@ -48,6 +45,6 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     return (below + below_or_equal).double().mean().item() / (2 * len(bad))
 
 
-def at_chance(accuracy: float, pairs: int) -> bool:
+def at_chance(accuracy, pairs):
     """Could a fair coin do this? Within 1.96 of its standard deviations, pairs as independent."""
     return abs(accuracy - 0.5) <= 1.96 * (0.25 / max(pairs, 1)) ** 0.5

@@ -200,9 +200,7 @@ def show(folder, config, device):
 
 def main(config):
     check_bounds(
-        config,
-        max_prompts=(0, None), k=(1, None), max_new_tokens=(1, None), temperature=(0, None),
-        top_p=(1e-6, 1), max_tokens=(1, None), max_length=(0, None), seed=(0, 2**63 - 1),
+        config, k=1, max_new_tokens=1, top_p=(1e-6, 1), max_tokens=1, seed=(0, 2**63 - 1)
     )
     if bool(config.prompt) == bool(config.data):
         raise InputError("give either --prompt or --data")
