@@ -60,7 +60,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Projection(config.n_embd, n_inner)
@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config)

@@ -128,7 +128,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config):
         super().__init__()
         n_head, n_kv_head = config.num_attention_heads, config.key_value_heads
         self.head_width = config.head_width
@@ -150,7 +150,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: a gate decides how much of each inner unit passes.  [Shazeer 2020]"""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -161,7 +161,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)

@@ -206,16 +206,16 @@ class FunctionReward:
         if not callable(self.function):
             raise InputError(f"{spec}: {path} has no function {name!r}")
 
-    def to(self, device: torch.device, dtype: str, compile: bool = False) -> "FunctionReward":
+    def to(self, device, dtype, compile=False):
         return self
 
-    def describe(self) -> str:
+    def describe(self):
         return f"function {self.spec}, taken as it is"
 
-    def forward_flops(self, rows: list[Row]) -> int:
+    def forward_flops(self, rows):
         return 0
 
-    def score_texts(self, prompts, responses, ended, normalised=True) -> Tensor:
+    def score_texts(self, prompts, responses, ended, normalised=True):
         """As TextReward.score_texts; raw and normalised are the same."""
         k = len(responses[0])
         flat_prompts = [prompt for prompt in prompts for _ in range(k)]
@@ -232,7 +232,7 @@ class FunctionReward:
                 raise InputError(f"{self.spec} returned {score} for the response {text[:60]!r}")
         return torch.tensor(scores).view(len(prompts), k)
 
-    def normalise(self, raw: Tensor) -> Tensor:
+    def normalise(self, raw):
         """A function's scores are taken as they are."""
         return raw
 
