@@ -312,7 +312,7 @@ def values_for_hub(config, tokenizer):
 
 
 def after_load(trunk):
-    """Computes the rotations, which are in no file. Only now have weights confirmed the head's width."""
+    """Computes the rotations, which are in no file. Only now the weights confirm d."""
     trunk.frequencies = rope_frequencies(trunk.config)
     if not torch.isfinite(trunk.frequencies).all():
         raise ValueError("the rope parameters give rotations that are no numbers")
