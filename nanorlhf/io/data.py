@@ -220,25 +220,28 @@ def read_fairytaleqa(folder, split):
 
 def _read_book(path, story, dropped):
     """The groups of one book: a CSV file of questions and one of the story's sections."""
-    sections = {}                                # name -> its texts, which should be one
+    sections = {}                                # name -> text
+    repeated = set()
     for _, row in _read_csv(story, "section", "text"):
-        text = (row["text"] or "").strip()
-        sections.setdefault(str(row["section"]).strip(), []).append(text)
+        name = str(row["section"]).strip()
+        if name in sections:
+            repeated.add(name)
+        sections.setdefault(name, (row["text"] or "").strip())
     passages = {}                                # section names -> question -> Response
     length = 0
     for number, row in _read_csv(path, "cor_section", "question"):
         parts = (row["cor_section"] or "").split(",")
         names = tuple(part.strip() for part in parts if part.strip())
         question = " ".join((row["question"] or "").split())
-        if not names or not all(sections.get(name, [""])[0] for name in names):
+        if not names or not all(map(sections.get, names)):
             dropped["question about a section that the story lacks"] += 1
-        elif any(len(sections[name]) > 1 for name in names):
+        elif not repeated.isdisjoint(names):
             dropped["question about a section that the story has twice"] += 1
         elif not question:
             dropped["empty question"] += 1
         else:
             if names not in passages:
-                length += sum(len(sections[name][0]) for name in names)
+                length += sum(len(sections[name]) for name in names)
             if length > MAX_FILE_BYTES:
                 raise InputError(
                     f"{path}:{number}: its passages have more than {MAX_FILE_BYTES:,} letters, "
@@ -250,7 +253,7 @@ def _read_book(path, story, dropped):
             responses.setdefault(question, Response(" " + question, label=1, extra=extra))
     groups = []
     for names, responses in passages.items():
-        prompt = TEMPLATE.format(passage="\n".join(sections[name][0] for name in names))
+        prompt = TEMPLATE.format(passage="\n".join(sections[name] for name in names))
         extra = {"story": story.stem, "sections": list(names)}
         groups.append(make_group(prompt, list(responses.values()), extra=extra))
     return groups

@@ -6,13 +6,11 @@ family of models stands at the end of that family's own file, under the same nam
 """
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -179,26 +177,19 @@ def _read_headers(folder):
     return headers
 
 
-class Step(NamedTuple):
-    """One tensor of a file and the parameter that it is copied into, or only has to equal."""
-    path: Path
-    key: str
-    parameter: str
-    is_copy: bool                                # of a parameter that another tensor gives
-
-
 def _match_tensors(parameters, names, headers, optional):
     """Compares headers and model: all tensors and parameters are accounted for, all shapes agree.
 
-    -> [Step]
+    -> {(path, tensor name): parameter name}, optional tensors last
     """
     missing = dict(names)
-    steps = []
+    sources = {}
+    copies = {}
     prefix = next(iter(names)).split(".")[0]     # the trunk's: its embedding comes first
     for path, header in headers.items():
         for key, shape in header.items():
             if optional.get(key):
-                steps.append(Step(path, key, optional[key], True))
+                copies[path, key] = optional[key]
             if OLD_BUFFERS.search(key) or key in optional:
                 continue
             # GPT-2 was published without its prefix
@@ -206,7 +197,7 @@ def _match_tensors(parameters, names, headers, optional):
             if name not in missing:
                 raise InputError(f"{path}: tensor {key!r:.80} is not part of this model")
             parameter = missing.pop(name)
-            steps.append(Step(path, key, parameter, False))
+            sources[path, key] = parameter
             expected = tuple(parameters[parameter].shape)
             if shape != expected:
                 raise InputError(
@@ -217,8 +208,7 @@ def _match_tensors(parameters, names, headers, optional):
         folder = next(iter(headers)).parent
         first = next(iter(missing))
         raise InputError(f"{folder}: tensor {first!r} is missing ({len(missing)} in all)")
-    # a copy is compared after the parameter has its value
-    return sorted(steps, key=lambda step: step.is_copy)
+    return sources | copies
 
 
 @torch.no_grad()
@@ -229,7 +219,7 @@ def _load_weights(module, names, headers, optional):
     optional: a tensor that may be in the file without a parameter of its own -> the parameter that
         it must equal (a tied head), or None where the tensor is not needed
     """
-    steps = _match_tensors(dict(module.named_parameters()), names, headers, optional)
+    sources = _match_tensors(dict(module.named_parameters()), names, headers, optional)
     try:
         parameters = dict(module.to_empty(device="cpu").named_parameters())
     except RuntimeError:
@@ -238,26 +228,22 @@ def _load_weights(module, names, headers, optional):
             f"{next(iter(headers))}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, "
             "do not fit into memory"
         ) from None
-    for path, steps_of_file in itertools.groupby(steps, key=lambda step: step.path):
+    for (path, key), name in sources.items():
+        place = f"{path}: tensor {key!r}"
         with _open_tensors(path) as file:
-            for step in steps_of_file:
-                parameter = parameters[step.parameter]
-                _copy_tensor(file.get_tensor(step.key), parameter, step)
-
-
-def _copy_tensor(tensor, parameter, step):
-    place = f"{step.path}: tensor {step.key!r}"
-    if step.is_copy and not torch.equal(tensor.float(), parameter):
-        raise InputError(
-            f"{place} is not the embedding, but config.json has tie_word_embeddings true; "
-            "which is right?"
-        )
-    if tensor.dtype not in FLOATS:
-        raise InputError(f"{place} holds {tensor.dtype}; quantised weights are not implemented")
-    parameter.copy_(tensor)
-    # only now: float64's 1e300 is float32's infinity
-    if not torch.isfinite(parameter).all():
-        raise InputError(f"{place} holds NaN or infinity, or numbers beyond float32")
+            tensor = file.get_tensor(key)
+        parameter = parameters[name]
+        if key in optional and not torch.equal(tensor.float(), parameter):
+            raise InputError(
+                f"{place} is not the embedding, but config.json has tie_word_embeddings true; "
+                "which is right?"
+            )
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"{place} holds {tensor.dtype}; quantised weights are not implemented")
+        parameter.copy_(tensor)
+        # only now: float64's 1e300 is float32's infinity
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{place} holds NaN or infinity, or numbers beyond float32")
 
 
 def _hub_names(trunk):
