@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -280,7 +280,7 @@ def read_hh(path):
         prompt = value["chosen"][:end]
         chosen = value["chosen"][end:]
         rejected = value["rejected"][end:]
-        if value["rejected"][:end] != prompt or mark in rejected:
+        if not value["rejected"].startswith(prompt) or mark in rejected:
             dropped["dialogues that part before the last answer"] += 1
         elif chosen == rejected:
             dropped["equal answers"] += 1
@@ -425,13 +425,13 @@ def keep_preferred(groups):
     for group in groups:
         places = [r.place for r in group.responses if r.place is not None]
         best = min(places, default=None)
-        responses = []
-        for r in group.responses:
-            if r.label == 1 or (r.label is None and r.place in (None, best)):
-                responses.append(r)
+        responses = [
+            r for r in group.responses
+            if r.label == 1 or (r.label is None and r.place in (None, best))
+        ]
         left_out += len(group.responses) - len(responses)
         if responses:
-            kept.append(Group(group.prompt, responses, group.truncatable, group.extra))
+            kept.append(replace(group, responses=responses))
     return kept, left_out
 
 
@@ -442,5 +442,5 @@ def split_into_pairs(groups):
     pairs = []
     for group in groups:
         for pair in combinations(group.responses, 2):
-            pairs.append(Group(group.prompt, list(pair), group.truncatable, group.extra))
+            pairs.append(replace(group, responses=list(pair)))
     return pairs

@@ -23,8 +23,8 @@ import tiktoken
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>")
-# Copied by save(). A tokenizer.json beside tokenizer.model is for transformers, whose own conversion
-# of the model gets double spaces wrong.
+# Copied by save(). A tokenizer.json beside tokenizer.model is for transformers, whose conversion of
+# the model gets double spaces wrong.
 EXTRA_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -128,9 +128,10 @@ class ByteLevelBPE(Tokenizer):
     ignore_merges: a piece that is itself a token is not merged at all (Llama 3)
 
     tiktoken does the merging. It joins any two parts whose *bytes* make a token, in the order of
-    the tokens; the file joins the listed pairs in the order of the list. The two agree if each token
-    is known to tiktoken only when its own characters merge into it, and ranked by the merge that ends
-    this: inside a longer piece, what lies between a token's two ends goes through the same steps.
+    the tokens; the file joins the listed pairs in the order of the list. The two agree if each
+    token is known to tiktoken only when its own characters merge into it, and ranked by the merge
+    that ends this: inside a longer piece, what lies between a token's two ends goes through the
+    same steps.
     """
 
     def __init__(
@@ -221,15 +222,16 @@ def bpe(word, ranks):
 def load(folder):
     """The tokenizer of a model folder.
 
-    tokenizer.json comes before GPT-2's two files, which have neither split rules nor special tokens.
+    tokenizer.json comes before GPT-2's two files, which lack split rules and special tokens.
     """
     folder = Path(folder)
-    for names, build in (
-        (("tokenizer.model",), _from_sentencepiece),
-        (("tokenizer.json",), _from_tokenizer_json),
-        (("vocab.json", "merges.txt"), _from_gpt2),
-        (("encoder.json", "vocab.bpe"), _from_gpt2),
-    ):
+    builders = {
+        ("tokenizer.model",): _from_sentencepiece,
+        ("tokenizer.json",): _from_tokenizer_json,
+        ("vocab.json", "merges.txt"): _from_gpt2,
+        ("encoder.json", "vocab.bpe"): _from_gpt2,
+    }
+    for names in builders:
         if all((folder / name).is_file() for name in names):
             break
     else:
@@ -248,7 +250,7 @@ def load(folder):
         if path.is_file():
             config |= _parse_object(_read(path), path)
     try:
-        return build(files, config, folder)
+        return builders[names](files, config, folder)
     # mostly a JSON value of the wrong type
     except (
         KeyError, TypeError, AttributeError, IndexError, UnicodeError, RecursionError
@@ -291,7 +293,7 @@ def _from_tokenizer_json(files, config, folder):
 
 
 def _byte_level(table, files, config, tokenizer_class, where):
-    """Byte-level BPE in tokenizer.json's layout; what is not followed exactly is refused by name."""
+    """Byte-level BPE in tokenizer.json's layout; what is not implemented is refused by name."""
     def refuse(what):
         raise ValueError(
             f"{where}: {what} is not supported here, ids would differ; "
@@ -348,7 +350,7 @@ def _byte_level(table, files, config, tokenizer_class, where):
 
 
 def _special_tokens(table, refuse, where):
-    """Refuses what tokenizer.json can ask for beyond plain byte-level BPE.  -> {special token: id}"""
+    """Refuses what tokenizer.json asks for beyond plain byte-level BPE.  -> {special token: id}"""
     model = table["model"]
     normalizer = table.get("normalizer")
     if model.get("type", "BPE") != "BPE":
