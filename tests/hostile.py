@@ -430,7 +430,7 @@ def page(folder):
 
 
 def opened(folder):
-    study.opened(folder, "smoke", {"seeds": 1})
+    study.open_study(folder, "smoke", {"seeds": 1})
 
 
 def words(folder):

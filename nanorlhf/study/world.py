@@ -77,7 +77,7 @@ QUESTIONS = [                            # (kind, wording, facts that together a
 WORDS = {"x": CHARACTERS, "y": CHARACTERS, "o": OBJECTS, "p": PLACES, "q": PLACES, "e": sorted({e for feelings, _ in EPISODES.values() for e in feelings})}
 UNKNOWN = "Nobody knows."
 DEEP = ("why", "feel")                   # need two sentences, or what a fairy tale leaves unsaid
-KINDS = ("why", "feel", "who", "what", "where", "ill formed")
+QUESTION_TYPES = ("why", "feel", "who", "what", "where", "ill formed")
 TEMPLATE = "{passage}\nQuestion:"
 
 
@@ -142,7 +142,7 @@ def answers(facts, wanted, known):
 @dataclass(frozen=True)
 class Reading:
     """What a question is to the passage it was asked about."""
-    kind: str                            # one of KINDS
+    question_type: str                   # one of QUESTION_TYPES
     answerable: bool
     missing: int                         # names and things in it that the passage lacks
     words: tuple                         # its names and things
@@ -162,11 +162,11 @@ def understand(prompt, question):
 
 def opinion(judge, reading):
     """One judge's score of one question."""
-    if reading.kind == "ill formed":
+    if reading.question_type == "ill formed":
         return judge.broken
     if not reading.answerable:
         return judge.vague - judge.missing * min(reading.missing, 2)          # beyond two it is as lost as can be
-    return getattr(judge, reading.kind) + judge.fondness * any(word in judge.fond for word in reading.words)
+    return getattr(judge, reading.question_type) + judge.fondness * any(word in judge.fond for word in reading.words)
 
 
 def panel(prompt, question):
