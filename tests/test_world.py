@@ -365,11 +365,11 @@ def test_the_panel_is_a_reward_function():
 
 # ------------------------------------------------------------------------------------------------- the small models' start
 
-def test_turn_moves_waves():
+def test_a_shift_moves_waves():
     places = torch.arange(100)
     for columns in (1, 2, 3, 17):            # float32 knows an angle of 3 * 100 to 2e-5
-        assert torch.allclose(small.waves(places) @ small.turn(columns), small.waves(places + columns), atol=1e-4)
-    assert torch.equal(small.turn(0), torch.eye(small.PLACE))
+        assert torch.allclose(small.position_waves(places) @ small.shift_matrix(columns), small.position_waves(places + columns), atol=1e-4)
+    assert torch.equal(small.shift_matrix(0), torch.eye(small.POSITION_DIMS))
 
 
 @torch.no_grad()
@@ -429,7 +429,7 @@ def test_small_models_load_and_are_the_seeds_alone(family, exact, texts, tmp_pat
     tok, trunk = policy.tokenizer, policy.trunk
     assert trunk.family == family and trunk.config.context == small.CONTEXT and trunk.width == small.WIDTH
     # byte-level BPE ends early when every word of the texts is a token; sentencepiece fills the vocabulary
-    assert tok.vocab_size == small.VOCABULARY if exact else tok.vocab_size <= small.VOCABULARY
+    assert tok.vocab_size == small.VOCAB_SIZE if exact else tok.vocab_size <= small.VOCAB_SIZE
     said = {word for text in texts for word in re.findall(r"[a-z]+", text)}
     assert np.mean([len(tok.encode(f" {word}")) == 1 for word in said]) > 0.5
     assert all(tok.decode(tok.encode(text)) == text for text in texts[:20])
