@@ -543,7 +543,7 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Config:
-    judge: str         # reference, replay, openai, or path.py:function: prompts, responses -> scores
+    judge: str         # reference, replay, openai, or path.py:function of (prompts, responses)
     data: str          # groups JSONL to rank
     out: str = ""      # groups JSONL to write, with places; must not exist
     reference: str = ""# expert questions: FairytaleQA, groups JSONL; for replay with places

@@ -118,8 +118,8 @@ class PanelMember:
     vague: float             # well formed, but the passage does not answer it
     missing: float           # taken away for each name that the passage lacks, two at most
     broken: float            # not a question of this world at all
-    favourites: tuple = ()   # words that it likes to be asked about ...
-    bonus: float = 0.0       # ... and what one of them adds to an answerable question
+    fond: tuple = ()         # words that it likes to be asked about ...
+    fondness: float = 0.0    # ... and what one of them adds to an answerable question
 
 
 PANEL = (
@@ -206,8 +206,8 @@ def opinion(member, reading):
         return member.broken
     if not reading.answerable:
         return member.vague - member.missing * min(reading.missing, 2)   # two are as bad as more
-    liked = any(word in member.favourites for word in reading.words)
-    return getattr(member, reading.question_type) + member.bonus * liked
+    liked = any(word in member.fond for word in reading.words)
+    return getattr(member, reading.question_type) + member.fondness * liked
 
 
 def panel(prompt, question):
