@@ -332,7 +332,7 @@ def test_flags_that_no_training_had(flags, sound, tmp_path):
 
 def test_what_a_reference_drops_is_said(tmp_path, capsys):
     folder = fairytale(tmp_path, STORY, "cor_section,question\n1,Who?\n9,Where?\n")
-    judge.make(judge.Config("reference", "x", reference=str(folder)))
+    judge.load_judge(judge.Config("reference", "x", reference=str(folder)))
     assert capsys.readouterr().out == f"{folder}: dropped {{'question about a section that the story lacks': 2}}\n"          # one a split
 
 

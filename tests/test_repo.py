@@ -70,7 +70,7 @@ def test_imports_point_one_way(name):
     in_study = name.startswith("study.")
     assert ours <= LEAVES.get(name, set(MODULES))
     assert in_study or not any(each.startswith("study") for each in ours)
-    assert not others & SCRIPT_NAMES
+    assert not others & SCRIPT_NAMES             # a script is used by its command line alone
     drawing = {"matplotlib"} if name in ("study.figures", "study.report") else set()
     own = {"nanorlhf"} if name == "study.world" else set()               # which users also run as a file
     assert others - set(sys.stdlib_module_names) <= THIRD_PARTY | drawing | own
