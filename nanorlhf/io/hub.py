@@ -2,7 +2,7 @@
 
 A folder holds config.json, model.safetensors and the tokenizer's files; transformers' classes
 AutoModelForCausalLM and AutoModelForSequenceClassification load it. What is particular to one
-family of models stands at the end of that family's own file, under the same names in each.
+family of models stands in hub_gpt2.py and hub_llama.py, under the same names in each.
 """
 import contextlib
 import dataclasses
@@ -16,15 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .. import gpt2, llama
 from ..heads import Policy, RewardModel
 from ..reward import REWARD_TRANSFORMS, FunctionReward, TextReward, is_function
+from . import hub_gpt2, hub_llama
 from .files import file_damage, read_checksums, replace_all
 from .read import MAX_JSON_BYTES, InputError, parse_json, read_bytes
 from .tokenizer import load as read_tokenizer
 from .tokenizer import train_bpe, train_sentencepiece
 
-FAMILIES = {"gpt2": gpt2, "llama": llama}        # model_type in config.json -> its module
+FAMILIES = {"gpt2": hub_gpt2, "llama": hub_llama}        # model_type in config.json -> its module
 SIZES = {
     name: (family.Trunk, config)
     for family in FAMILIES.values()
