@@ -235,8 +235,8 @@ def sentence_wins(results):
 
     def score(arm):
         gain = minus(gold(results, arm), gold(results, "sft"))
-        score = num(mean(gold(results, arm)))
-        return f"{score} for {arm} ({estimate(gain, plus=True)} against SFT)"
+        average = num(mean(gold(results, arm)))
+        return f"{average} for {arm} ({estimate(gain, plus=True)} against SFT)"
 
     return lead, (
         f": ranking wins {x['wins'] / n:.0%}, ties {x['ties'] / n:.0%} and loses "

@@ -1,9 +1,10 @@
-"""The page of the study: OUT/page/index.html (one file, nothing loaded), a CSV for every figure and table, overview.png for the README.
+"""The page of the study, OUT/page/: index.html (one file, nothing loaded) and what goes with it.
 
-Numbers come from results.json and metrics.jsonl of each seed alone. A drawing gets rows (dicts), the same that its CSV holds, so that what is
-seen can be checked. Whatever a model wrote passes through html.escape. The same study on the same machine gives the same bytes.
+A CSV for every figure and table, overview.png for the README. Numbers come from results.json and
+metrics.jsonl of each seed alone. A drawing gets rows (dicts), the same that its CSV holds, so that
+what is seen can be checked. Whatever a model wrote passes through html.escape. The same study on
+the same machine gives the same bytes.
 """
-
 import os
 import platform
 from html import escape
@@ -55,11 +56,11 @@ ORDER = (
     "sft",
     "control",
 )
+TALL = (5.5, 4.5)
 QUANTILE_MODELS = ("quantile", "label", "scores", "self_mean")
 
 
-# -------------------------------------------------------------------------------------------------- rows of the figures
-
+# ------------------------------------------------------------------------------ rows of the figures
 
 def ordered(results):
     """Names of the policies, best known first."""
@@ -77,70 +78,64 @@ def policy_rows(results):
 
 
 def kind_rows(results):
-    return [
-        {"name": name, "seed": r["seed"], "kind": kind, "share": share}
-        for name in ordered(results)
-        for r in results
-        for kind, share in (get(r, "policies", name, "kinds") or {}).items()
-    ]
+    rows = []
+    for name in ordered(results):
+        for r in results:
+            for kind, share in (get(r, "policies", name, "kinds") or {}).items():
+                rows.append({"name": name, "seed": r["seed"], "kind": kind, "share": share})
+    return rows
 
 
 def win_rows(results):
     keys = ("n", "wins", "ties", "losses", "share", "share_low", "share_high", "p")
-    found = [
-        (pair, r["seed"], get(r, "wins", pair)) for pair in results[0]["wins"] for r in results
-    ]
-    return [
-        {"pair": pair, "seed": seed, **{key: one[key] for key in keys}}
-        for pair, seed, one in found
-        if one
-    ]
+    rows = []
+    for pair in results[0]["wins"]:
+        for r in results:
+            if duel := get(r, "wins", pair):
+                rows.append({"pair": pair, "seed": r["seed"], **{key: duel[key] for key in keys}})
+    return rows
 
 
 def step_rows(results, metrics, value):
-    return [
-        {
-            "name": run.removeprefix("ppo-"),
-            "seed": r["seed"],
-            "step": row["step"],
-            value: row[value],
-        }
-        for r, runs in zip(results, metrics)
-        for run, rows in runs.items()
-        if run.startswith("ppo-")
-        for row in rows
-        if value in row
-    ]
+    found = []
+    for r, runs in zip(results, metrics):
+        for run, rows in runs.items():
+            if not run.startswith("ppo-"):
+                continue
+            arm = {"name": run.removeprefix("ppo-"), "seed": r["seed"]}
+            for row in rows:
+                if value in row:
+                    found.append({**arm, "step": row["step"], value: row[value]})
+    return found
 
 
 def way_rows(results, metrics):
-    """Each arm along its way, from the supervised policy on; own: its reward model's normalised reward in the ten steps around."""
+    """Each arm along its way, from the supervised policy on.
+
+    own: its reward model's normalised reward in the ten steps around.
+    """
     found = []
     for r, runs in zip(results, metrics):
+        start = {"steps": 0, "kl": 0.0, "gold": get(r, "policies", "sft", "gold")}
         for arm, points in r["ways"].items():
             rows = [row for row in runs.get(f"ppo-{arm}", []) if "score_normalised" in row]
-            for point in [
-                {"steps": 0, "kl": 0.0, "gold": get(r, "policies", "sft", "gold")},
-                *points,
-            ]:
-                around = [
-                    row["score_normalised"]
-                    for row in rows
-                    if point["steps"] - 5 <= row["step"] < point["steps"] + 5
-                ]
-                found.append(
-                    {
-                        "name": arm,
-                        "seed": r["seed"],
-                        **{key: point.get(key) for key in ("steps", "kl", "gold")},
-                        "own": mean(around),
-                    }
-                )
+            for point in [start, *points]:
+                first = point["steps"] - 5
+                near = [row for row in rows if first <= row["step"] < first + 10]
+                found.append({
+                    "name": arm,
+                    "seed": r["seed"],
+                    **{key: point.get(key) for key in ("steps", "kl", "gold")},
+                    "own": mean([row["score_normalised"] for row in near]),
+                })
     return found
 
 
 def corner_rows(results):
-    """Loss and labels, exchanged: each corner's reward model and the policy that it trained.  -> (means, seed by seed)"""
+    """Loss and labels, exchanged: each corner's reward model and the policy that it trained.
+
+    -> (means, seed by seed)
+    """
     keys = {
         "accuracy on the panel's pairs": ("rewards", "ranked", "accuracy"),
         "AUC expert against sample": ("rewards", "labelled", "auc"),
@@ -148,27 +143,15 @@ def corner_rows(results):
         "PPO: entropy": ("policies", "entropy"),
         "PPO: KL": ("policies", "kl"),
     }
-    value = lambda r, name, where: get(r, where[0], name, *where[1:])
-    raw = [
-        {
-            "loss": loss,
-            "labels": labels,
-            "seed": r["seed"],
-            **{key: value(r, name, where) for key, where in keys.items()},
-        }
-        for (loss, labels), name in CORNERS.items()
-        for r in results
-    ]
-    shown = [
-        {
-            "loss": loss,
-            "labels": labels,
-            **{
-                key: spread([value(r, name, where) for r in results]) for key, where in keys.items()
-            },
-        }
-        for (loss, labels), name in CORNERS.items()
-    ]
+    shown = []
+    raw = []
+    for (loss, labels), name in CORNERS.items():
+        corner = {"loss": loss, "labels": labels}
+        columns = {key: each(results, kind, name, *path) for key, (kind, *path) in keys.items()}
+        shown.append({**corner, **{key: spread(values) for key, values in columns.items()}})
+        for i, r in enumerate(results):
+            values = {key: columns[key][i] for key in keys}
+            raw.append({**corner, "seed": r["seed"], **values})
     return shown, raw
 
 
@@ -186,127 +169,113 @@ def reward_rows(results):
         "Jensen-Shannon": ("kl", "js"),
         "accuracy on the panel's mean": ("panel_accuracy",),
     }
-    names = [
-        name
-        for name in ("scalar", *QUANTILE_MODELS)
-        if get(results[0], "rewards", name, "pairs", "kl")
-    ]
-    raw = [
-        {
-            "name": name,
-            "seed": r["seed"],
-            **{path[-1]: get(r, "rewards", name, "pairs", *path) for path in keys.values()},
-        }
-        for name in names
-        for r in results
-    ]
-    shown = [
-        {
-            "held-out pairs": word,
-            **{name: spread(each(results, "rewards", name, "pairs", *path), 3) for name in names},
-        }
-        for word, path in keys.items()
-    ]
+    names = ("scalar", *QUANTILE_MODELS)
+    names = [name for name in names if get(results[0], "rewards", name, "pairs", "kl")]
+    raw = []
+    for name in names:
+        for r in results:
+            values = {path[-1]: get(r, "rewards", name, "pairs", *path) for path in keys.values()}
+            raw.append({"name": name, "seed": r["seed"], **values})
+    shown = []
+    for key, path in keys.items():
+        models = {name: each(results, "rewards", name, "pairs", *path) for name in names}
+        means = {name: spread(values, 3) for name, values in models.items()}
+        shown.append({"held-out pairs": key, **means})
     return shown, raw
 
 
 def value_rows(results):
-    return [
-        {"name": name, "seed": r["seed"], "statistic": statistic, "kind": kind, "value": x}
-        for r in results
-        for name in ("scalar", "quantile")
-        for statistic, kinds in (get(r, "rewards", name, "values") or {}).items()
-        for kind, values in kinds.items()
-        for x in values
-    ]
+    rows = []
+    for r in results:
+        for name in ("scalar", "quantile"):
+            for statistic, kinds in (get(r, "rewards", name, "values") or {}).items():
+                model = {"name": name, "seed": r["seed"], "statistic": statistic}
+                for kind, values in kinds.items():
+                    rows += [{**model, "kind": kind, "value": x} for x in values]
+    return rows
+
+
+def middle(i, n):
+    """Level of quantile i of n."""
+    return round((i + 0.5) / n, 4)
 
 
 def quantile_rows(results):
     """Accuracy and AUC of each quantile and of their mean."""
-    found = []
+    rows = []
     for name in QUANTILE_MODELS[:3]:
         for r in results:
-            said = get(r, "rewards", name, "pairs", "quantiles", "per_quantile") or {
-                "quantiles": [],
-                "mean": {},
-            }
-            n, mine = len(said["quantiles"]), {"name": name, "seed": r["seed"]}
-            found += [
-                {**mine, "level": round((i + 0.5) / n, 4), **both}
-                for i, both in enumerate(said["quantiles"])
-            ]
-            found.append({**mine, "level": "mean", "accuracy": None, "auc": None, **said["mean"]})
-    return found
+            table = get(r, "rewards", name, "pairs", "quantiles", "per_quantile") or {}
+            model = {"name": name, "seed": r["seed"]}
+            quantiles = table.get("quantiles", [])
+            for i, quantile in enumerate(quantiles):
+                rows.append({**model, "level": middle(i, len(quantiles)), **quantile})
+            mean_of_ten = {"accuracy": None, "auc": None, **table.get("mean", {})}
+            rows.append({**model, "level": "mean", **mean_of_ten})
+    return rows
 
 
 def coverage_rows(results):
-    found = []
+    rows = []
     for r in results:
-        said = get(r, "rewards", "scores", "pairs", "quantiles", "coverage") or {}
-        for name, one in (("scores", said), ("constant", said.get("constant") or {})):
-            found += [
-                {"name": name, "seed": r["seed"], **row, "pinball": one["pinball"]}
-                for row in one.get("quantiles", [])
-            ]
-    return found
+        model = get(r, "rewards", "scores", "pairs", "quantiles", "coverage") or {}
+        for name, table in (("scores", model), ("constant", model.get("constant") or {})):
+            for row in table.get("quantiles", []):
+                rows.append({"name": name, "seed": r["seed"], **row, "pinball": table["pinball"]})
+    return rows
 
 
 def collapse_rows(results):
-    """Deviation among a response's own ten outputs, and between responses' means: the models' scales differ."""
-    found = [
-        (
-            "self_mean, before",
-            r["seed"],
-            get(r, "rewards", "self_mean", "before", "within_deviation"),
-            None,
-        )
-        for r in results
-    ]
-    found += [
-        (
-            name,
-            r["seed"],
-            get(r, "rewards", name, "pairs", "quantiles", "within_deviation"),
-            get(r, "rewards", name, "raw_deviation"),
-        )
-        for name in ("self_mean", "quantile", "label", "scores")
-        for r in results
-    ]
+    """Deviation among a response's own ten outputs, and between responses' means.
+
+    Both, because the models' scales differ.
+    """
+    found = []
+    for r in results:
+        before = get(r, "rewards", "self_mean", "before", "within_deviation")
+        found.append(("self_mean, before", r["seed"], before, None))
+    for name in ("self_mean", "quantile", "label", "scores"):
+        for r in results:
+            within = get(r, "rewards", name, "pairs", "quantiles", "within_deviation")
+            between = get(r, "rewards", name, "raw_deviation")
+            found.append((name, r["seed"], within, between))
     return [dict(zip(("name", "seed", "within", "between"), row)) for row in found]
 
 
 def closed_rows(results):
     """Target +1 and -1: outputs beside the minimum of the loss, by bins of responses."""
-    found = []
+    rows = []
     for r in results:
         for i, row in enumerate(get(r, "rewards", "label", "closed_form", "bins") or []):
             n = len(row["outputs"])
-            found += [
-                {
+            for j, (output, closed) in enumerate(zip(row["outputs"], row["closed"])):
+                rows.append({
                     "seed": r["seed"],
                     "bin": i,
                     "n": row["n"],
                     "won": row["won"],
-                    "level": round((j + 0.5) / n, 4),
-                    "output": a,
-                    "closed": b,
-                }
-                for j, (a, b) in enumerate(zip(row["outputs"], row["closed"]))
-            ]
-    return found
+                    "level": middle(j, n),
+                    "output": output,
+                    "closed": closed,
+                })
+    return rows
 
 
 def bin_rows(results, names, key, *path):
     """Rows of a table in the results, numbered."""
-    return [
-        {"name": name, "seed": r["seed"], key: i, **row}
-        for name in names
-        for r in results
-        for i, row in enumerate(get(r, "rewards", name, "pairs", *path) or [])
-    ]
+    rows = []
+    for name in names:
+        for r in results:
+            for i, row in enumerate(get(r, "rewards", name, "pairs", *path) or []):
+                rows.append({"name": name, "seed": r["seed"], key: i, **row})
+    return rows
 
 
-# -------------------------------------------------------------------------------------------------- the sections
+# ------------------------------------------------------------------------------------- the sections
+
+def panel(draw, rows, title="", **options):
+    """A panel of `figures.Page.figure`."""
+    return draw, rows, title, options
 
 
 def section_claims(page, results, metrics):
@@ -344,22 +313,19 @@ def pipeline():
         ("PPO", "reward less KL to SFT"),
         ("Panel", "scores new passages"),
     )
-    return (
-        '<div class="flow">'
-        + "<i>→</i>".join(f"<div><b>{a}</b>{b}</div>" for a, b in steps)
-        + "</div>"
-    )
+    boxes = "<i>→</i>".join(f"<div><b>{name}</b>{text}</div>" for name, text in steps)
+    return f'<div class="flow">{boxes}</div>'
 
 
 def row_cells(row):
-    """The row of one forward pass: a cell a column in its branch's colour, its position below."""
+    """The row of one forward pass: a cell per column in its branch's colour, its position below."""
     cells = []
     for word, branch, position in zip(row["words"], row["branch"], row["positions"]):
         colour = figures.BRANCHES[branch % len(figures.BRANCHES)] if branch >= 0 else "#000000"
         word = escape(word.strip(" ").replace("\n", "⏎") or "␣")
         cells.append(
-            "<span "
-            f'style="border-color:{colour};background:{colour}38">{word}<small>{position}</small></span>'
+            f'<span style="border-color:{colour};background:{colour}38">{word}'
+            f"<small>{position}</small></span>"
         )
     return f'<div class="row">{"".join(cells)}</div>'
 
@@ -367,24 +333,30 @@ def row_cells(row):
 def section_setup(page, results):
     page.section("idea", "The experiment and its one idea")
     row = results[0]["row"]
-    rows = [
-        {"column": i, "word": w, "branch": b, "position": p}
-        for i, (w, b, p) in enumerate(zip(row["words"], row["branch"], row["positions"]))
-    ]
-    page.text(f"""<figure><h3>From text to PPO</h3>{pipeline()}<figcaption>Everything is written from scratch and trained here. The panel is a program that
-parses a question and looks its answer up, so the panel's scores are exact. Tales, policy, samples, reward models and PPO are drawn anew for each
-seed; the trunk that the reward models start from, a LLaMA that has learnt to answer questions about tales, is one for all seeds.</figcaption></figure>
-<figure><h3>A prompt and its four responses are one row of one forward pass</h3>{row_cells(row)}<figcaption>A real row: the passage (grey), then four
-sampled questions, each in its colour; the number below a token is its position. Every response continues where the prompt ended. A token sees a column
-that is not after it if that column belongs to the prompt or to its own response; so the prompt is computed once, and all six pairs are in one
-minibatch.</figcaption></figure>""")
+    columns = zip(row["words"], row["branch"], row["positions"])
+    rows = []
+    for i, (word, branch, position) in enumerate(columns):
+        rows.append({"column": i, "word": word, "branch": branch, "position": position})
+    page.text(
+        f"<figure><h3>From text to PPO</h3>{pipeline()}<figcaption>Everything is written from "
+        "scratch and trained here. The panel is a program that\nparses a question and looks its "
+        "answer up, so the panel's scores are exact. Tales, policy, samples, reward models and PPO "
+        "are drawn anew for each\nseed; the trunk that the reward models start from, a LLaMA that "
+        "has learnt to answer questions about tales, is one for all seeds.</figcaption></figure>\n"
+        "<figure><h3>A prompt and its four responses are one row of one forward pass</h3>"
+        f"{row_cells(row)}<figcaption>A real row: the passage (grey), then four\nsampled "
+        "questions, each in its colour; the number below a token is its position. Every response "
+        "continues where the prompt ended. A token sees a column\nthat is not after it if that "
+        "column belongs to the prompt or to its own response; so the prompt is computed once, and "
+        "all six pairs are in one\nminibatch.</figcaption></figure>"
+    )
     page.figure(
         "row",
         "Who sees whom",
         "Each response sees the whole prompt and its own past, never another response: the result "
         "equals that of four separate rows.",
         rows,
-        (figures.mask, rows, "", {"size": (5.5, 4.4)}),
+        panel(figures.mask, rows, size=(5.5, 4.4)),
     )
 
 
@@ -400,12 +372,7 @@ def section_policies(page, results):
         "quantile model of ten opinions a sample, which say more than the order that the ranking "
         "model has seen.",
         rows,
-        (
-            figures.dots,
-            rows,
-            "",
-            {"value": "gold", "label": "score by the panel", "size": (5.5, 4.9)},
-        ),
+        panel(figures.dots, rows, value="gold", label="score by the panel", size=(5.5, 4.9)),
     )
     rows = win_rows(results)
     page.figure(
@@ -414,7 +381,7 @@ def section_policies(page, results):
         "All seeds together; a triangle is one seed. Scores that round to the same multiple of "
         "0.05 tie.",
         rows,
-        (figures.wins, rows, "", {"size": (5.5, 6.9)}),
+        panel(figures.wins, rows, size=(5.5, 6.9)),
     )
     shown, raw = corner_rows(results)
     page.table(
@@ -438,14 +405,22 @@ def section_policies(page, results):
     )
 
 
-def section_training(page, results, metrics):
-    """Curves along PPO and along a reward model's training."""
-    tall = {"size": (5.5, 4.5)}
-    two = lambda draw, rows, **more: (
-        (draw, rows, "paper A's arms, and controls", {"names": PAPER_A, **tall, **more}),
-        (draw, rows, "the other arms", {"names": OTHERS, **tall, **more}),
+def two_panels(draw, rows, **options):
+    """Paper A's arms beside the others."""
+    return (
+        panel(draw, rows, "paper A's arms, and controls", names=PAPER_A, size=TALL, **options),
+        panel(draw, rows, "the other arms", names=OTHERS, size=TALL, **options),
     )
+
+
+def section_training(page, results, metrics):
+    """Curves along PPO."""
     rows = step_rows(results, metrics, "score_normalised")
+    panels = []
+    for arm in PAPER_A:
+        if f"ppo-{arm}" in metrics[0]:
+            options = {"value": "score_normalised", "label": "normalised reward", "least": 0.8}
+            panels.append(panel(figures.curves, rows, arm, names=[arm], size=(5.5, 3.1), **options))
     page.figure(
         "reward",
         "Reward during PPO",
@@ -453,22 +428,7 @@ def section_training(page, results, metrics):
         "normalised): heights of two reward models say nothing beside each other, only a curve's "
         "own rise does. Line: mean over seeds, smoothed; band: least to greatest.",
         rows,
-        *(
-            (
-                figures.curves,
-                rows,
-                arm,
-                {
-                    "value": "score_normalised",
-                    "label": "normalised reward",
-                    "names": [arm],
-                    "least": 0.8,
-                    "size": (5.5, 3.1),
-                },
-            )
-            for arm in PAPER_A
-            if f"ppo-{arm}" in metrics[0]
-        ),
+        *panels,
     )
     rows = step_rows(results, metrics, "entropy")
     page.figure(
@@ -477,8 +437,12 @@ def section_training(page, results, metrics):
         "Full-vocabulary Shannon entropy of the policy on its own samples. Paper A reports a rise "
         "under the classification reward.",
         rows,
-        *two(figures.curves, rows, value="entropy", label="nats a token"),
+        *two_panels(figures.curves, rows, value="entropy", label="nats a token"),
     )
+
+
+def section_ways(page, results, metrics):
+    """Where PPO's arms go; held-out loss along a reward model's training."""
     rows = way_rows(results, metrics)
     page.figure(
         "ways",
@@ -488,15 +452,22 @@ def section_training(page, results, metrics):
         "its policy (broken) beside the panel's (full); where the first rises and the second does "
         "not, the reward is gamed.",
         rows,
-        *two(figures.ways, rows),
-        (
+        *two_panels(figures.ways, rows),
+        panel(
             figures.own,
             rows,
             "a tenth of the KL penalty",
-            {"names": ["ranking", "ranking-loose"], **tall},
+            names=["ranking", "ranking-loose"],
+            size=TALL,
         ),
     )
     rows = passes(results, metrics)
+    panels = []
+    for value, label in (
+        ("eval_loss", "held-out loss, nats"),
+        ("eval_accuracy", "held-out pair accuracy"),
+    ):
+        panels.append(panel(figures.modes, rows, label, value=value, label=label))
     page.figure(
         "together",
         "Six pairs of a passage together, or apart",
@@ -504,38 +475,31 @@ def section_training(page, results, metrics):
         "own, one pass in all. Together: as many updates are several passes. A held-out loss that "
         "turns up again is overfitting.",
         rows,
-        *(
-            (figures.modes, rows, label, {"value": value, "label": label})
-            for value, label in (
-                ("eval_loss", "held-out loss, nats"),
-                ("eval_accuracy", "held-out pair accuracy"),
-            )
-        ),
+        *panels,
     )
 
 
 def section_quantiles(page, results):
     page.section("paper-b", "Paper B: quantiles instead of one number")
-    n, agrees = each(results, "pairs", "n"), each(results, "pairs", "panel_agrees")
-    page.text(f"""<p class="lead">Held-out pairs: {escape(spread(n, 0))} a seed. One judge, drawn for each pair, says which is chosen, as a crowd does; its
-choice is the panel's in a share of {escape(spread(agrees, 3))}, and where they differ no model that reads the text alone can know.</p>""")
-    rows, seed = value_rows(results), results[0]["seed"]
+    n = spread(each(results, "pairs", "n"), 0)
+    agrees = spread(each(results, "pairs", "panel_agrees"), 3)
+    page.text(
+        f'<p class="lead">Held-out pairs: {escape(n)} a seed. One judge, drawn for each pair, says '
+        "which is chosen, as a crowd does; its\nchoice is the panel's in a share of "
+        f"{escape(agrees)}, and where they differ no model that reads the text alone can know.</p>"
+    )
+    rows = value_rows(results)
+    seed = results[0]["seed"]
     first = [row for row in rows if row["seed"] == seed]
-    shown = {
-        "scalar": ("scalar", "mean"),
-        "quantile: mean of ten": ("quantile", "mean"),
-        "quantile 0": ("quantile", "q0"),
-        "quantile 9": ("quantile", "q9"),
-    }
-    panels = [
-        (
-            figures.histogram,
-            [row for row in first if (row["name"], row["statistic"]) == which],
-            title,
-            {"label": "raw output", "size": (5.5, 3.4)},
-        )
-        for title, which in shown.items()
-    ]
+    panels = []
+    for title, name, statistic in (
+        ("scalar", "scalar", "mean"),
+        ("quantile: mean of ten", "quantile", "mean"),
+        ("quantile 0", "quantile", "q0"),
+        ("quantile 9", "quantile", "q9"),
+    ):
+        drawn = [row for row in figures.named(first, name) if row["statistic"] == statistic]
+        panels.append(panel(figures.histogram, drawn, title, label="raw output", size=(5.5, 3.4)))
     page.figure(
         "histograms",
         "Chosen and rejected",
@@ -562,8 +526,12 @@ choice is the panel's in a share of {escape(spread(agrees, 3))}, and where they 
         "Further right is more often right. Filled: Gaussian KL; open: raw 50-bin KL of "
         "the same models; what lies between the two is bins and floor, not the model.",
         raw,
-        (figures.discrimination, raw, "", {"size": (5.5, 4.6)}),
+        panel(figures.discrimination, raw, size=(5.5, 4.6)),
     )
+
+
+def section_calibration(page, results):
+    """Is the reward sure for a reason, and which quantile is good for what?"""
     rows = bin_rows(results, ("scalar", *QUANTILE_MODELS[:3]), "bin", "calibration", "bins")
     page.figure(
         "reliability",
@@ -571,7 +539,7 @@ choice is the panel's in a share of {escape(spread(agrees, 3))}, and where they 
         "Confidence is the sigmoid of the difference of two means. Only losses with a ranking term "
         "(scalar, quantile) train it to be a probability; on the diagonal it can be believed.",
         rows,
-        (figures.reliability, rows, "", {"size": (5.5, 4.3)}),
+        panel(figures.reliability, rows, size=(5.5, 4.3)),
     )
     rows = quantile_rows(results)
     page.figure(
@@ -580,26 +548,26 @@ choice is the panel's in a share of {escape(spread(agrees, 3))}, and where they 
         "The broken line is the mean of the ten. Where a curve lies on it, that quantile "
         "tells chosen from rejected as well as the mean does.",
         rows,
-        (figures.per_quantile, rows, "pair accuracy", {"value": "accuracy", "label": "accuracy"}),
-        (figures.per_quantile, rows, "AUC", {"value": "auc", "label": "AUC"}),
+        panel(figures.per_quantile, rows, "pair accuracy", value="accuracy", label="accuracy"),
+        panel(figures.per_quantile, rows, "AUC", value="auc", label="AUC"),
     )
 
 
 def section_distribution(page, results):
     """Are the ten outputs a distribution?"""
     rows = coverage_rows(results)
-    loss = lambda *path: spread(
-        each(results, "rewards", "scores", "pairs", "quantiles", "coverage", *path, "pinball"), 3
-    )
+    path = ("rewards", "scores", "pairs", "quantiles", "coverage")
+    loss = spread(each(results, *path, "pinball"), 3)
+    constant = spread(each(results, *path, "constant", "pinball"), 3)
     page.figure(
         "coverage",
         "Coverage: do quantiles keep their word?",
-        "Target: the panel's ten opinions, pinball loss. A bar runs from P(z &lt; q) to P(z ≤ q); "
-        f"where it touches the band the quantile is right within {COVERAGE_MARGIN}. A constant can "
-        f"cover as well; what reading adds is a smaller pinball loss: {loss()} against the best "
-        f"constant's {loss('constant')}.",
+        "Target: the panel's ten opinions, pinball loss. A bar runs from P(z &lt; q) to "
+        "P(z ≤ q); where it touches the band the quantile is right within "
+        f"{COVERAGE_MARGIN}. A constant can cover as well; what reading adds is a smaller pinball "
+        f"loss: {loss} against the best constant's {constant}.",
         rows,
-        (figures.coverage, rows, "", {"size": (5.5, 4.6)}),
+        panel(figures.coverage, rows, size=(5.5, 4.6)),
     )
     rows = collapse_rows(results)
     page.figure(
@@ -608,22 +576,21 @@ def section_distribution(page, results):
         "Deviation among the ten outputs of one response. Regressed on the response's own mean "
         "(self_mean), the best that the ten can do is to be equal: then no distribution is left.",
         rows,
-        (
+        panel(
             figures.dots,
             rows,
-            "",
-            {
-                "value": "within",
-                "label": "deviation within a response (log)",
-                "log": True,
-                "size": (5.5, 3.2),
-            },
+            value="within",
+            label="deviation within a response (log)",
+            log=True,
+            size=(5.5, 3.2),
         ),
     )
-    rows, off = (
-        closed_rows(results),
-        spread(each(results, "rewards", "label", "closed_form", "mean_deviation"), 3),
-    )
+
+
+def section_optimum(page, results):
+    """What the ten outputs learn from +1 and -1, and what their spread says."""
+    rows = closed_rows(results)
+    off = spread(each(results, "rewards", "label", "closed_form", "mean_deviation"), 3)
     page.figure(
         "closed",
         "What the quantile Huber loss learns from +1 and −1",
@@ -631,64 +598,56 @@ def section_distribution(page, results):
         "expectile's, not a quantile's, and known in closed form. Training pairs; mean distance "
         f"{off}.",
         rows,
-        (figures.closed, rows, "", {"size": (5.5, 4.4)}),
+        panel(figures.closed, rows, size=(5.5, 4.4)),
     )
     rows = bin_rows(results, QUANTILE_MODELS[:3], "decile", "quantiles", "spread", "deciles")
-    rho = "; ".join(
-        f"{name} "
-        f"{spread(each(results, 'rewards', name, 'pairs', 'quantiles', 'spread', 'spearman'))}"
-        for name in QUANTILE_MODELS
-    )
+    path = ("pairs", "quantiles", "spread", "spearman")
+    rho = {name: spread(each(results, "rewards", name, *path)) for name in QUANTILE_MODELS}
+    rho = "; ".join(f"{name} {value}" for name, value in rho.items())
     page.figure(
         "spread",
         "Does a wide spread mean doubt?",
         "Spearman correlation of quantile 9 − quantile 0 with the deviation of the ten opinions: "
         f"{rho}. A line that falls means: wide is less often right.",
         rows,
-        (figures.deciles, rows, "", {}),
+        panel(figures.deciles, rows),
     )
 
 
 def section_texts(page, results, most=4):
     page.section("texts", "What they ask")
-    place = lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)
-    rows = [
-        {
-            "passage": i,
-            "prompt": text["prompt"],
-            "policy": name,
-            "question": said["text"].strip(),
-            "panel": said["gold"],
-        }
-        for i, text in enumerate(results[0]["texts"])
-        for name, said in sorted(text["responses"].items(), key=place)
-    ]
+    rows = []
+    for i, text in enumerate(results[0]["texts"]):
+        for name in ordered([{"policies": text["responses"]}]):
+            response = text["responses"][name]
+            rows.append({
+                "passage": i,
+                "prompt": text["prompt"],
+                "policy": name,
+                "question": response["text"].strip(),
+                "panel": response["gold"],
+            })
     link = page.keep("texts_table", rows)
     page.text(
-        f'<p class="lead">The first held-out passages of seed {results[0]["seed"]}, each '
-        f"policy's first sample, the panel's mean. {link}</p>"
+        f'<p class="lead">The first held-out passages of seed {results[0]["seed"]}, each policy\'s '
+        f"first sample, the panel's mean. {link}</p>"
     )
     for i, text in enumerate(results[0]["texts"][:most]):
-        mine = [
-            {key: row[key] for key in ("policy", "question", "panel")}
-            for row in rows
-            if row["passage"] == i
-        ]
+        passage = escape(text["prompt"].removesuffix("Question:"))
+        shown = [row for row in rows if row["passage"] == i]
+        shown = [{key: row[key] for key in ("policy", "question", "panel")} for row in shown]
         page.text(
-            f"<figure><blockquote>{escape(text['prompt'].removesuffix('Question:'))}</blockquote>{figures.table(mine)}</figure>"
+            f"<figure><blockquote>{passage}</blockquote>{figures.table(shown)}</figure>"
         )
 
 
 def section_panel(page, results):
     page.section("panel", "The panel")
     keys = ("name", "why", "feel", "who", "what", "where", "vague", "missing", "broken", "fondness")
-    tastes = [
-        {
-            **{key: getattr(judge, key) for key in keys},
-            "fond of": ", ".join(judge.fond[:4]) + (" …" if judge.fond else ""),
-        }
-        for judge in world.PANEL
-    ]
+    tastes = []
+    for judge in world.PANEL:
+        fond = ", ".join(judge.fond[:4]) + (" …" if judge.fond else "")
+        tastes.append({**{key: getattr(judge, key) for key in keys}, "fond of": fond})
     page.table(
         "tastes",
         "What each judge likes",
@@ -697,89 +656,78 @@ def section_panel(page, results):
         "a question of this world.",
         tastes,
     )
-    rows = [
-        {
-            "policy": name,
-            **{
-                judge.name: mean(each(results, "policies", name, "judges", judge.name))
-                for judge in world.PANEL
-            },
-        }
-        for name in ordered(results)
-    ]
-    page.table(
-        "judges",
-        "Mean score of each policy by each judge",
-        "Mean over seeds.",
-        rows,
-        [
-            {"policy": name, "seed": r["seed"], **(get(r, "policies", name, "judges") or {})}
-            for name in ordered(results)
-            for r in results
-        ],
-    )
+    rows = []
+    raw = []
+    for name in ordered(results):
+        scores = {}
+        for judge in world.PANEL:
+            scores[judge.name] = mean(each(results, "policies", name, "judges", judge.name))
+        rows.append({"policy": name, **scores})
+        for r in results:
+            scores = get(r, "policies", name, "judges") or {}
+            raw.append({"policy": name, "seed": r["seed"], **scores})
+    page.table("judges", "Mean score of each policy by each judge", "Mean over seeds.", rows, raw)
 
 
 def section_made(page, out, study, seeds):
     page.section("made", "How it was made")
     path = out / "seed0" / "sft" / "config.json"
-    versions = get(read(path), "versions") if path.exists() else None
-    mine = {
-        name: stage
-        for name, stage in study["stages"].items()
-        if not name.startswith("seed") or int(name[4:].split("/")[0]) < seeds
-    }
-    peak, stages = max([stage["peak_gib"] for stage in mine.values()], default=None), {}
-    for name, stage in mine.items():
-        stages.setdefault(name.split("/")[1] if name.startswith("seed") else name, []).append(
-            stage["seconds"]
-        )
-    scale, workers = escape(str(study["scale"])), study.get("workers", 1)
-    page.text(f"""<pre>python -m nanorlhf.study --scale {scale} --seeds {seeds} --out {escape(str(out))}</pre>
-<p>Scale {scale}, {many(seeds)}, {many(len(mine), "stage")} in {study["seconds"] / 60:.1f} minutes on {escape(many(workers, "worker"))} of one thread
-each; most memory of a worker {num(peak)} GiB. {escape(", ".join(f"{name} {version}" for name, version in (versions or {}).items()))}.</p>
-<p class="machine">Page written on {escape(platform.system())} {escape(platform.machine())}, {os.cpu_count()} cores, Python
-{platform.python_version()}.</p>
-<p>Every run has its folder in {escape(str(out))} (seed0/sft, seed0/rm-ranking, seed0/ppo-ranking …), with its flags, metrics and samples.</p>""")
+    versions = (get(read(path), "versions") if path.exists() else None) or {}
+    versions = ", ".join(f"{name} {version}" for name, version in versions.items())
+    done = {}
+    seconds = {}
+    for name, stage in study["stages"].items():
+        seed, _, kind = name.partition("/")
+        if seed.startswith("seed") and int(seed[4:]) >= seeds:
+            continue
+        done[name] = stage
+        kind = name.split("/")[1] if name.startswith("seed") else name
+        seconds.setdefault(kind, []).append(stage["seconds"])
+    peak = max([stage["peak_gib"] for stage in done.values()], default=None)
+    scale = escape(str(study["scale"]))
+    workers = escape(many(study.get("workers", 1), "worker"))
+    folder = escape(str(out))
+    page.text(
+        f"<pre>python -m nanorlhf.study --scale {scale} --seeds {seeds} --out {folder}</pre>\n"
+        f"<p>Scale {scale}, {many(seeds)}, {many(len(done), 'stage')} in "
+        f"{study['seconds'] / 60:.1f} minutes on {workers} of one thread\n"
+        f"each; most memory of a worker {num(peak)} GiB. {escape(versions)}.</p>\n"
+        f'<p class="machine">Page written on {escape(platform.system())} '
+        f"{escape(platform.machine())}, {os.cpu_count()} cores, Python\n"
+        f"{platform.python_version()}.</p>\n"
+        f"<p>Every run has its folder in {folder} (seed0/sft, seed0/rm-ranking, "
+        "seed0/ppo-ranking …), with its flags, metrics and samples.</p>"
+    )
     page.table(
         "stages",
         "Stages",
         "Seconds of the last attempt, mean over seeds (least to greatest).",
-        [{"stage": name, "seconds": spread(x, 1)} for name, x in sorted(stages.items())],
-        [{"stage": name, "seconds": stage["seconds"]} for name, stage in mine.items()],
+        [{"stage": name, "seconds": spread(x, 1)} for name, x in sorted(seconds.items())],
+        [{"stage": name, "seconds": stage["seconds"]} for name, stage in done.items()],
     )
-    page.text(
-        "<p>All numbers: "
-        + " ".join(f'<a href="{name}">{name}</a>' for name in sorted(page.csv))
-        + "</p>"
-    )
+    links = " ".join(f'<a href="{name}">{name}</a>' for name in sorted(page.csv))
+    page.text(f"<p>All numbers: {links}</p>")
 
 
 def overview(results, metrics):
     """The four most telling figures, for a README.  -> PNG bytes"""
-    return figures.overview(
-        [
-            (
-                figures.dots,
-                policy_rows(results),
-                "Score by the panel: a dot a seed",
-                {"value": "gold", "label": "score by the panel"},
-            ),
-            (
-                figures.curves,
-                step_rows(results, metrics, "entropy"),
-                "Entropy during PPO",
-                {"value": "entropy", "label": "nats a token", "names": PAPER_A},
-            ),
-            (
-                figures.ways,
-                way_rows(results, metrics),
-                "Score by the panel against KL",
-                {"names": PAPER_A},
-            ),
-            (figures.discrimination, reward_rows(results)[1], "Reward models: KL and accuracy", {}),
-        ]
-    )
+    scores = policy_rows(results)
+    entropy = {"value": "entropy", "label": "nats a token", "names": PAPER_A}
+    steps = step_rows(results, metrics, "entropy")
+    ways = way_rows(results, metrics)
+    _, rewards = reward_rows(results)
+    return figures.overview([
+        panel(
+            figures.dots,
+            scores,
+            "Score by the panel: a dot a seed",
+            value="gold",
+            label="score by the panel",
+        ),
+        panel(figures.curves, steps, "Entropy during PPO", **entropy),
+        panel(figures.ways, ways, "Score by the panel against KL", names=PAPER_A),
+        panel(figures.discrimination, rewards, "Reward models: KL and accuracy"),
+    ])
 
 
 def write(out, seeds):
@@ -789,14 +737,18 @@ def write(out, seeds):
 
 
 def _write(out, seeds, study, results, metrics):
-    page, folder = figures.Page(), out / "page"
+    page = figures.Page()
+    folder = out / "page"
     sentences = [sentence_wins(results), sentence_why(results), sentence_quantile(results)]
     section_claims(page, results, metrics)
     section_setup(page, results)
     section_policies(page, results)
     section_training(page, results, metrics)
+    section_ways(page, results, metrics)
     section_quantiles(page, results)
+    section_calibration(page, results)
     section_distribution(page, results)
+    section_optimum(page, results)
     section_texts(page, results)
     section_panel(page, results)
     section_made(page, out, study, seeds)
@@ -804,8 +756,11 @@ def _write(out, seeds, study, results, metrics):
         1: " One seed is an example, not a result.",
         2: " Two seeds show that something varies, not by how much.",
     }.get(seeds, "")
-    head = f"""<p class="lead">Two papers done again from scratch in an invented world of fairy tales, whose judges can be asked anything: which reward
-model makes the better policy, and what do quantiles add? {many(seeds)}, scale {escape(str(study["scale"]))}.{warning}</p>\n"""
+    head = (
+        '<p class="lead">Two papers done again from scratch in an invented world of fairy tales, '
+        "whose judges can be asked anything: which reward\nmodel makes the better policy, and what "
+        f"do quantiles add? {many(seeds)}, scale {escape(str(study['scale']))}.{warning}</p>\n"
+    )
     head += "\n".join(
         f'<p class="answer"><b>{escape(lead)}</b>{escape(rest)}</p>' for lead, rest in sentences
     )
@@ -814,7 +769,5 @@ model makes the better policy, and what do quantiles add? {many(seeds)}, scale {
         replace(folder / name, data)
     replace(folder / "overview.png", overview(results, metrics))
     replace(folder / "index.html", page.whole("nanorlhf: two papers, done again", head).encode())
-    return (
-        "\n\n".join(lead + rest for lead, rest in sentences)
-        + f"\n\nThe page: {folder / 'index.html'}"
-    )
+    answers = "\n\n".join(lead + rest for lead, rest in sentences)
+    return f"{answers}\n\nThe page: {folder / 'index.html'}"
