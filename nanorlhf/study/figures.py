@@ -169,7 +169,7 @@ def svg(name, draw, rows, size=(5.5, 3.9), title="", **options):
         figure.savefig(
             file,
             format="svg",
-            metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
+            metadata={"Date": None, "Creator": None, "Type": None, "Format": None}
         )
         plt.close(figure)
     text = file.getvalue()
@@ -231,6 +231,19 @@ def below(ax, columns=2, **more):
         ax.figure.legend(loc="outside lower center", ncols=columns, **more)
 
 
+def line(ax, name, points, **more):
+    """A line through the points (x, y) in the colour and with the marks of `name`."""
+    if points:
+        look = {"marker": MARKS.get(name, "o"), "markersize": 5, "label": name, **more}
+        ax.plot(*zip(*points), color=COLOURS[name], **look)
+
+
+def thin_lines(ax, name, rows, x, y):
+    """A thin line per seed."""
+    for seed in by(rows, "seed").values():
+        ax.plot(column(seed, x), column(seed, y), color=COLOURS[name], linewidth=0.8, alpha=0.4)
+
+
 # ------------------------------------------------------------------------------------------ paper A
 
 def dots(ax, rows, value, label, log=False):
@@ -240,24 +253,15 @@ def dots(ax, rows, value, label, log=False):
         seeds = known(named(rows, name), value)
         colour = COLOURS.get(name, INK)
         ax.scatter(
-            column(seeds, value),
-            [y] * len(seeds),
-            s=34,
-            alpha=0.55,
-            color=colour,
-            marker=MARKS.get(name, "o"),
-            linewidths=0,
+            column(seeds, value), [y] * len(seeds),
+            s=34, alpha=0.55, color=colour, marker=MARKS.get(name, "o"), linewidths=0
         )
         if seeds:
             middle = mean_of(seeds, value)
             ax.plot([middle, middle], [y - 0.32, y + 0.32], color=colour, linewidth=3)
             ax.text(
-                1.01,
-                y,
-                f"{middle:.2g}" if log else num(middle),
-                transform=ax.get_yaxis_transform(),
-                va="center",
-                fontsize=11,
+                1.01, y, f"{middle:.2g}" if log else num(middle),
+                transform=ax.get_yaxis_transform(), va="center", fontsize=11
             )
     ax.set_yticks(range(len(names)), names)
     # Nothing above 0: matplotlib has no log axis for that.
@@ -277,14 +281,9 @@ def _shares(ax, y, rows):
     ):
         share = sum(column(rows, kind)) / total if total else 0
         ax.barh(
-            y,
-            share,
-            left=left,
-            height=0.66,
-            color=colour,
-            alpha=alpha,
-            label=name if y == 0 else None,
-            linewidth=0,
+            y, share,
+            left=left, height=0.66, color=colour, alpha=alpha,
+            label=name if y == 0 else None, linewidth=0
         )
         if share > 0.07:
             middle = left + share / 2
@@ -303,14 +302,9 @@ def wins(ax, rows):
         _shares(ax, y, seeds)
         shares = column(known(seeds, "share"), "share")
         ax.scatter(
-            shares,
-            [y - 0.33] * len(shares),
-            s=22,
-            marker="v",
-            color=INK,
-            linewidths=0,
-            zorder=3,
-            label=None if y else "a seed: wins + ties / 2",
+            shares, [y - 0.33] * len(shares),
+            s=22, marker="v", color=INK, linewidths=0, zorder=3,
+            label=None if y else "a seed: wins + ties / 2"
         )
     ax.axvline(0.5, color=INK, linewidth=1, linestyle=":")
     labels = []
@@ -318,19 +312,13 @@ def wins(ax, rows):
         labels.append(pair.replace(" : ", "\nagainst " if len(pair) > 26 else " against "))
     ax.set_yticks(range(len(pairs)), labels, fontsize=10)
     ax.set(
-        ylim=(len(pairs) - 0.4, -0.7),
-        xlim=(0, 1),
-        xticks=(0, 0.5, 1),
-        xticklabels=("0", "half", "all"),
+        ylim=(len(pairs) - 0.4, -0.7), xlim=(0, 1), xticks=(0, 0.5, 1),
+        xticklabels=("0", "half", "all")
     )
     ax.grid(False)
     ax.legend(
-        loc="lower center",
-        bbox_to_anchor=(0.3, 1.0),
-        ncols=4,
-        fontsize=10,
-        handlelength=1,
-        columnspacing=0.9,
+        loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=4, fontsize=10,
+        handlelength=1, columnspacing=0.9
     )
 
 
@@ -355,26 +343,18 @@ def curves(ax, rows, value, label, names, least=0.1):
         steps = [row["step"] + 1 for row in next(iter(seeds))][:length]
         colour = COLOURS[name]
         ax.plot(
-            steps,
-            lines.mean(0),
-            color=colour,
-            linestyle=DASHES.get(name, "-"),
-            label=name,
+            steps, lines.mean(0),
+            color=colour, linestyle=DASHES.get(name, "-"), label=name
         )
         if len(lines) > 1:
             ax.fill_between(
-                steps,
-                lines.min(0),
-                lines.max(0),
-                color=colour,
-                alpha=0.18,
-                linewidth=0,
+                steps, lines.min(0), lines.max(0),
+                color=colour, alpha=0.18, linewidth=0
             )
     low, high = ax.get_ylim()
     ax.set(
-        xlabel="step of PPO",
-        ylabel=label,
-        ylim=(min(low, (low + high - least) / 2), max(high, (low + high + least) / 2)),
+        xlabel="step of PPO", ylabel=label,
+        ylim=(min(low, (low + high - least) / 2), max(high, (low + high + least) / 2))
     )
     if len(names) > 1:
         below(ax, fontsize=10.5)
@@ -390,27 +370,17 @@ def kinds(ax, rows, order):
             seeds = known(seeds, "share")
             share = mean_of(seeds, "share") if seeds else 0.0
             ax.barh(
-                y,
-                share,
-                left=left,
-                height=0.7,
-                color=COLOURS[kind],
-                label=kind if y == 0 else None,
-                linewidth=0,
-                alpha=0.9,
+                y, share,
+                left=left, height=0.7, color=COLOURS[kind],
+                label=kind if y == 0 else None, linewidth=0, alpha=0.9
             )
             left += share
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1), xlabel="share of the questions")
     ax.grid(False)
     ax.legend(
-        loc="lower center",
-        bbox_to_anchor=(0.36, 1.0),
-        ncols=6,
-        fontsize=10,
-        handlelength=0.9,
-        columnspacing=0.8,
-        handletextpad=0.4,
+        loc="lower center", bbox_to_anchor=(0.36, 1.0), ncols=6, fontsize=10,
+        handlelength=0.9, columnspacing=0.8, handletextpad=0.4
     )
 
 
@@ -421,31 +391,10 @@ def ways(ax, rows, names):
     """
     for name in names:
         arm = known(named(rows, name), "kl", "gold")
-        for seed in by(arm, "seed").values():
-            ax.plot(
-                column(seed, "kl"),
-                column(seed, "gold"),
-                color=COLOURS[name],
-                linewidth=0.8,
-                alpha=0.4,
-            )
+        thin_lines(ax, name, arm, "kl", "gold")
         points = [(mean_of(at, "kl"), mean_of(at, "gold")) for at in by(arm, "steps").values()]
-        if points:
-            ax.plot(
-                *zip(*points),
-                color=COLOURS[name],
-                linestyle=DASHES.get(name, "-"),
-                marker=MARKS.get(name, "o"),
-                markersize=4.5,
-                label=name,
-            )
-            ax.plot(
-                *points[-1],
-                color=COLOURS[name],
-                marker=MARKS.get(name, "o"),
-                markersize=9,
-                markeredgewidth=0,
-            )
+        line(ax, name, points, linestyle=DASHES.get(name, "-"), markersize=4.5)
+        line(ax, name, points[-1:], label=None, markersize=9, markeredgewidth=0)
     ax.set(xlabel="KL to the supervised policy, nats a response", ylabel="score by the panel")
     below(ax, fontsize=10.5)
 
@@ -460,15 +409,7 @@ def own(ax, rows, names):
         trained = by(known(trained, "kl", "gold", "own"), "steps").values()
         for value, dash, label in (("gold", "-", "the panel"), ("own", "--", "its reward")):
             points = [(mean_of(at, "kl"), mean_of(at, value)) for at in trained]
-            if points:
-                ax.plot(
-                    *zip(*points),
-                    color=COLOURS[name],
-                    linestyle=dash,
-                    marker=MARKS.get(name, "o"),
-                    markersize=5,
-                    label=f"{name}: {label}",
-                )
+            line(ax, name, points, linestyle=dash, label=f"{name}: {label}")
     ax.set(xlabel="KL to the supervised policy, nats a response", ylabel="score")
     below(ax, fontsize=10, handlelength=3)
 
@@ -476,25 +417,16 @@ def own(ax, rows, names):
 def modes(ax, rows, value, label):
     """Held-out loss or accuracy on the way through few passages, pairs together and apart."""
     for name, mode in by(known(rows, value), "name").items():
-        for seed in by(mode, "seed").values():
-            ax.plot(
-                column(seed, "updates"),
-                column(seed, value),
-                color=COLOURS[name],
-                linewidth=0.8,
-                alpha=0.4,
-            )
+        thin_lines(ax, name, mode, "updates", value)
         by_updates = sorted(by(mode, "updates").items())
         points = [(updates, mean_of(at, value)) for updates, at in by_updates]
-        ax.plot(*zip(*points), color=COLOURS[name], marker="o", markersize=5, label=name)
+        line(ax, name, points)
         for updates, at in by_updates:
             if name == "together" and abs(at[0]["passes"] - 1) < 0.26:
                 ax.axvline(
                     updates,
-                    color=COLOURS[name],
-                    linestyle=":",
-                    linewidth=1.2,
-                    label="together: one pass done",
+                    color=COLOURS[name], linestyle=":", linewidth=1.2,
+                    label="together: one pass done"
                 )
     ax.set(xlabel="updates (apart: one pass over the pairs in all)", ylabel=label)
     below(ax, columns=3, fontsize=10, columnspacing=0.8)
@@ -520,18 +452,13 @@ def mask(ax, rows):
         corners = [(start, start), *stairs, (start, end)]
         ax.add_patch(Polygon(corners, color=colour, alpha=0.85, linewidth=0))
         ax.text(
-            len(rows) * 1.01,
-            (start + end) / 2,
+            len(rows) * 1.01, (start + end) / 2,
             f"response {branch}" if branch else "prompt",
-            va="center",
-            fontsize=10.5,
+            va="center", fontsize=10.5
         )
     ax.set(
-        xlim=(0, len(rows)),
-        ylim=(len(rows), 0),
-        xlabel="column that is seen",
-        ylabel="token that sees",
-        aspect="equal",
+        xlim=(0, len(rows)), ylim=(len(rows), 0), xlabel="column that is seen",
+        ylabel="token that sees", aspect="equal"
     )
     ax.grid(False)
 
@@ -548,12 +475,8 @@ def histogram(ax, rows, label):
         for kind, rewards in by(rows, "kind").items():
             x = np.array(column(rewards, "value"))
             ax.hist(
-                x,
-                np.linspace(low, high, 31),
-                density=True,
-                color=COLOURS[kind],
-                alpha=0.3,
-                label=f"{kind} ({len(x)})",
+                x, np.linspace(low, high, 31),
+                density=True, color=COLOURS[kind], alpha=0.3, label=f"{kind} ({len(x)})"
             )
             if width := x.std() * len(x) ** -0.2:
                 kernels = np.exp(-(((grid[:, None] - x) / width) ** 2) / 2)
@@ -570,22 +493,18 @@ def discrimination(ax, rows):
         for value, filled in (("gaussian", True), ("histogram_raw", False)):
             seeds = known(seeds, value)
             ax.scatter(
-                column(seeds, "accuracy"),
-                [max(row[value], 1e-4) for row in seeds],
-                s=52,
-                marker=MARKS.get(name, "o"),
-                linewidths=1.6,
+                column(seeds, "accuracy"), [max(row[value], 1e-4) for row in seeds],
+                s=52, marker=MARKS.get(name, "o"), linewidths=1.6,
                 edgecolors=COLOURS[name],
                 facecolors=COLOURS[name] if filled else "none",
-                label=name if filled else None,
+                label=name if filled else None
             )
     ax.scatter([], [], s=52, facecolors=INK, edgecolors=INK, label="filled: Gaussian KL")
     ax.scatter([], [], s=52, facecolors="none", edgecolors=INK, label="open: raw, 50 bins")
     scale = "log" if known(rows, "accuracy", "gaussian") else "linear"
     ax.set(
-        xlabel="pair accuracy on held-out pairs",
-        ylabel="KL(chosen, rejected), nats",
-        yscale=scale,
+        xlabel="pair accuracy on held-out pairs", ylabel="KL(chosen, rejected), nats",
+        yscale=scale
     )
     low, high = ax.get_ylim()
     ticks = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -601,14 +520,7 @@ def per_quantile(ax, rows, value, label):
         levels = by(model, "level")
         mean = levels.pop("mean", [])
         points = [(level, mean_of(at, value)) for level, at in levels.items()]
-        if points:
-            ax.plot(
-                *zip(*points),
-                color=COLOURS[name],
-                marker=MARKS.get(name, "o"),
-                markersize=5,
-                label=name,
-            )
+        line(ax, name, points)
         if mean:
             ax.axhline(mean_of(mean, value), color=COLOURS[name], linestyle="--", linewidth=1.2)
     ax.set(xlabel="quantile's level", ylabel=label)
@@ -629,12 +541,8 @@ def coverage(ax, rows):
         levels = by(known(named(rows, name), "below", "at_most"), "level")
         for level, at in levels.items():
             ax.plot(
-                [level + shift] * 2,
-                [mean_of(at, "below"), mean_of(at, "at_most")],
-                color=colour,
-                linewidth=5,
-                solid_capstyle="round",
-                label=label,
+                [level + shift] * 2, [mean_of(at, "below"), mean_of(at, "at_most")],
+                color=colour, linewidth=5, solid_capstyle="round", label=label
             )
             label = None    # one line of the legend for all bars
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="quantile's level", ylabel="share of opinions below it")
@@ -651,18 +559,12 @@ def closed(ax, rows):
         colour = plt.get_cmap("viridis")(0.25 + 0.52 * i / max(1, len(levels) - 1))
         label = f"{level:.2f}" if i in (0, len(levels) - 1) else None
         ax.plot(
-            column(bins, "won"),
-            column(bins, "closed"),
-            color=colour,
-            linewidth=1.3,
-            label=label,
+            column(bins, "won"), column(bins, "closed"),
+            color=colour, linewidth=1.3, label=label
         )
         ax.scatter(
-            column(bins, "won"),
-            column(bins, "output"),
-            s=14,
-            color=colour,
-            linewidths=0,
+            column(bins, "won"), column(bins, "output"),
+            s=14, color=colour, linewidths=0
         )
     ax.set(xlabel="share of comparisons won in the bin", ylabel="output", ylim=(-1.08, 1.08))
     below(ax, title="line: closed form, dot: model; level")
@@ -673,13 +575,7 @@ def deciles(ax, rows):
     for name, model in by(known(rows, "accuracy"), "name").items():
         by_decile = sorted(by(model, "decile").items())
         points = [(decile, mean_of(at, "accuracy")) for decile, at in by_decile]
-        ax.plot(
-            *zip(*points),
-            color=COLOURS[name],
-            marker=MARKS.get(name, "o"),
-            markersize=5,
-            label=name,
-        )
+        line(ax, name, points)
     ax.axhline(0.5, color=INK, linewidth=1, linestyle=":")
     ax.set(xlabel="pairs by spread, tenths from narrow to wide", ylabel="pair accuracy")
     below(ax, columns=4)
@@ -695,14 +591,9 @@ def reliability(ax, rows):
     for name, bins in by(known(rows, "predicted", "observed"), "name").items():
         sizes = [10 + 90 * row["n"] / most for row in bins]
         ax.scatter(
-            column(bins, "predicted"),
-            column(bins, "observed"),
-            s=sizes,
-            color=COLOURS[name],
-            alpha=0.6,
-            linewidths=0,
-            marker=MARKS.get(name, "o"),
-            label=name,
+            column(bins, "predicted"), column(bins, "observed"),
+            s=sizes, color=COLOURS[name], alpha=0.6, linewidths=0,
+            marker=MARKS.get(name, "o"), label=name
         )
     ax.set(xlabel="confidence", ylabel="share right", xlim=(0.48, 1.02))
     below(ax, columns=4, markerscale=0.8)

@@ -296,12 +296,14 @@ def sentence_why(results):
     )
 
 
+def both_models(results, *path):
+    """The quantile model's numbers and the scalar one's, one value per seed."""
+    return [each(results, "rewards", name, "pairs", *path) for name in ("quantile", "scalar")]
+
+
 def against(results, *path):
     """The quantile model's number less the scalar one's, seed by seed."""
-    return minus(
-        each(results, "rewards", "quantile", "pairs", *path),
-        each(results, "rewards", "scalar", "pairs", *path),
-    )
+    return minus(*both_models(results, *path))
 
 
 def lead_quantile(better, larger):
@@ -344,8 +346,7 @@ def sentence_quantile(results):
     raw = "larger" if (mean(against(results, "kl", "histogram_raw")) or 0) > 0 else "not larger"
 
     def both(*path):
-        models = (each(results, "rewards", name, "pairs", *path) for name in ("quantile", "scalar"))
-        return " against ".join(num(mean(values), 3) for values in models)
+        return " against ".join(num(mean(values), 3) for values in both_models(results, *path))
 
     tables = each(results, "rewards", "scores", "pairs", "quantiles", "coverage", "quantiles")
     ok = [sum(row["ok"] or 0 for row in rows) for rows in there(tables)]
@@ -455,32 +456,32 @@ def at_equal_kl(results, a, b):
     """
     gains = []
     for result in results:
-        one, other = (way(result, arm) for arm in (a, b))
-        high = min(one[-1][0], other[-1][0]) if one and other else 0
+        way_a, way_b = (way(result, arm) for arm in (a, b))
+        high = min(way_a[-1][0], way_b[-1][0]) if way_a and way_b else 0
         gain = None
         if high > 0:
-            gain = float(np.interp(high, *zip(*one)) - np.interp(high, *zip(*other)))
+            gain = float(np.interp(high, *zip(*way_a)) - np.interp(high, *zip(*way_b)))
         gains.append(gain)
     return gains
 
 
-def claim(what, paper, found, verdict):
-    return {"claim": what, "the paper": paper, "found here": found, "verdict": verdict}
+def claim(statement, paper, here, outcome):
+    return {"claim": statement, "the paper": paper, "found here": here, "verdict": outcome}
 
 
 def claim_preferred(results):
     x = duel(results, "ranking : classification")
-    what = "A: the policy trained on the ranking reward is preferred"
+    statement = "A: the policy trained on the ranking reward is preferred"
     paper = "preferred by ChatGPT (figure 2, no number in the text)"
     if not x:
-        return claim(what, paper, "–", "–")
+        return claim(statement, paper, "–", "–")
     shares = ", ".join(f"{share:.0%}" for share in there(x["shares"]))
     preferred = verdict([share - 0.5 for share in x["shares"]])
     return claim(
-        what,
+        statement,
         paper,
         f"wins + ties / 2: {x['share']:.1%} [{x['low']:.1%}, {x['high']:.1%}]; seeds {shares}",
-        f"{preferred}; ahead in {x['ahead']} of {many(len(results))}",
+        f"{preferred}; ahead in {x['ahead']} of {many(len(results))}"
     )
 
 
@@ -494,7 +495,7 @@ def claim_stays_low(metrics):
         "near −1, the worst, throughout (figure 3)",
         f"tanh(z/2), between −1 and 1: first tenth of the steps {spread(early, plus=True)}, "
         f"last tenth {spread(late, plus=True)}; rise {spread(rise, plus=True)}",
-        f"the end: {end}; {verdict(rise, 'it rises', 'it falls', 'no rise to speak of')}",
+        f"the end: {end}; {verdict(rise, 'it rises', 'it falls', 'no rise to speak of')}"
     )
 
 
@@ -520,7 +521,7 @@ def claim_overfits(results, metrics):
         f"({many_passes} passes). End less half-way: apart {spread(apart, 3, True)}, together "
         f"{spread(together, 3, True)}",
         f"second half of the updates: apart, in its one pass, {trend(apart)}; together, in "
-        f"{many_passes}, {trend(together)}",
+        f"{many_passes}, {trend(together)}"
     )
 
 
@@ -536,14 +537,14 @@ def claims_a(results, metrics):
             "rises (figure 4)",
             f"{spread(entropy, plus=True)} nats a token against SFT, on held-out passages; up in "
             f"{count([e and e > 0 for e in entropy])}",
-            verdict(entropy, "yes", "no: it falls", "cannot be told from the spread over seeds"),
+            verdict(entropy, "yes", "no: it falls", "cannot be told from the spread over seeds")
         ),
         claim(
             "A: the loss makes the difference",
             "changes loss and labels at once",
             f"panel's score: loss {spread(loss, plus=True)}, labels {spread(labels, plus=True)}",
             f"loss: {verdict(loss, 'ranking is better', 'ranking is worse')}; labels: "
-            f"{verdict(labels, 'ranked places are better', 'ranked places are worse')}",
+            f"{verdict(labels, 'ranked places are better', 'ranked places are worse')}"
         ),
         claim_overfits(results, metrics),
     ]
@@ -566,18 +567,17 @@ def claim_optimistic(results):
         f"mean over held-out responses {spread(low)} and {spread(high)}; accuracy {first} and "
         f"{last}",
         "by construction: outputs are read sorted. Whether it means anything is coverage and "
-        "accuracy, below",
+        "accuracy, below"
     )
 
 
 def claims_b(results, metrics):
     """Paper B's claims, its future work, and over-optimisation.  -> rows"""
     def versus(*path):
-        models = (each(results, "rewards", name, "pairs", *path) for name in ("quantile", "scalar"))
-        return " against ".join(spread(values, 3) for values in models)
+        return " against ".join(spread(values, 3) for values in both_models(results, *path))
 
     cvar = at_equal_kl(results, "scores-cvar", "scores-mean")
-    more = minus(own_reward(metrics, "ranking-loose"), own_reward(metrics, "ranking"))
+    reward = minus(own_reward(metrics, "ranking-loose"), own_reward(metrics, "ranking"))
     score = minus(gold(results, "ranking-loose"), gold(results, "ranking"))
     return [
         claim(
@@ -587,7 +587,7 @@ def claims_b(results, metrics):
             f"{versus('kl', 'gaussian')}; accuracy {versus('accuracy')}, AUC {versus('auc')}, "
             f"calibration error {versus('calibration', 'ece')}",
             f"KL (Gaussian): {verdict(against(results, 'kl', 'gaussian'), 'larger', 'smaller')}; "
-            f"accuracy: {verdict(against(results, 'accuracy'), 'higher', 'lower')}",
+            f"accuracy: {verdict(against(results, 'accuracy'), 'higher', 'lower')}"
         ),
         claim_optimistic(results),
         claim(
@@ -595,17 +595,17 @@ def claims_b(results, metrics):
             "quantile reward (that of ten opinions)",
             "not done",
             f"panel's score less that of PPO on the mean, at equal KL: {spread(cvar, plus=True)}",
-            verdict(cvar, "pessimism helps", "pessimism harms"),
+            verdict(cvar, "pessimism helps", "pessimism harms")
         ),
         claim(
             "Over-optimisation: with a tenth of the KL penalty PPO gains reward and loses quality",
             "not in the papers",
-            f"less the same arm with the full penalty: its own reward {spread(more, plus=True)} "
+            f"less the same arm with the full penalty: its own reward {spread(reward, plus=True)} "
             f"(one reward model), panel's score {spread(score, plus=True)}; KL "
             f"{spread(each(results, 'policies', 'ranking-loose', 'kl'))} against "
             f"{spread(each(results, 'policies', 'ranking', 'kl'))}",
-            f"its own reward: {verdict(more, 'higher', 'lower')}; panel: "
-            f"{verdict(score, 'higher', 'lower')}",
+            f"its own reward: {verdict(reward, 'higher', 'lower')}; panel: "
+            f"{verdict(score, 'higher', 'lower')}"
         ),
     ]
 

@@ -97,16 +97,16 @@ def win_rows(results):
 
 
 def step_rows(results, metrics, value):
-    found = []
+    rows = []
     for r, runs in zip(results, metrics):
-        for run, rows in runs.items():
+        for run, lines in runs.items():
             if not run.startswith("ppo-"):
                 continue
             arm = {"name": run.removeprefix("ppo-"), "seed": r["seed"]}
-            for row in rows:
+            for row in lines:
                 if value in row:
-                    found.append({**arm, "step": row["step"], value: row[value]})
-    return found
+                    rows.append({**arm, "step": row["step"], value: row[value]})
+    return rows
 
 
 def way_rows(results, metrics):
@@ -114,21 +114,21 @@ def way_rows(results, metrics):
 
     own: its reward model's normalised reward in the ten steps around.
     """
-    found = []
+    rows = []
     for r, runs in zip(results, metrics):
         start = {"steps": 0, "kl": 0.0, "gold": get(r, "policies", "sft", "gold")}
         for arm, points in r["ways"].items():
-            rows = [row for row in runs.get(f"ppo-{arm}", []) if "score_normalised" in row]
+            lines = [row for row in runs.get(f"ppo-{arm}", []) if "score_normalised" in row]
             for point in [start, *points]:
                 first = point["steps"] - 5
-                near = [row for row in rows if first <= row["step"] < first + 10]
-                found.append({
+                near = [row for row in lines if first <= row["step"] < first + 10]
+                rows.append({
                     "name": arm,
                     "seed": r["seed"],
                     **{key: point.get(key) for key in ("steps", "kl", "gold")},
                     "own": mean([row["score_normalised"] for row in near]),
                 })
-    return found
+    return rows
 
 
 def corner_rows(results):
@@ -230,16 +230,16 @@ def collapse_rows(results):
 
     Both, because the models' scales differ.
     """
-    found = []
+    deviations = []
     for r in results:
         before = get(r, "rewards", "self_mean", "before", "within_deviation")
-        found.append(("self_mean, before", r["seed"], before, None))
+        deviations.append(("self_mean, before", r["seed"], before, None))
     for name in ("self_mean", "quantile", "label", "scores"):
         for r in results:
             within = get(r, "rewards", name, "pairs", "quantiles", "within_deviation")
             between = get(r, "rewards", name, "raw_deviation")
-            found.append((name, r["seed"], within, between))
-    return [dict(zip(("name", "seed", "within", "between"), row)) for row in found]
+            deviations.append((name, r["seed"], within, between))
+    return [dict(zip(("name", "seed", "within", "between"), row)) for row in deviations]
 
 
 def closed_rows(results):
@@ -292,14 +292,14 @@ def section_claims(page, results, metrics):
         f"leaves 0 out. {warning.get(len(results), '')}This is an invented world and these are "
         "tiny models: what is found here is found <em>here</em>.",
         claims_a(results, metrics) + claims_b(results, metrics),
-        cards=True,
+        cards=True
     )
     page.table(
         "floors",
         "Floors: what must hold before the rest means anything",
         "Differences are of the panel's mean score.",
         floors(results),
-        cards=True,
+        cards=True
     )
 
 
@@ -356,7 +356,7 @@ def section_setup(page, results):
         "Each response sees the whole prompt and its own past, never another response: the result "
         "equals that of four separate rows.",
         rows,
-        panel(figures.mask, rows, size=(5.5, 4.4)),
+        panel(figures.mask, rows, size=(5.5, 4.4))
     )
 
 
@@ -372,7 +372,7 @@ def section_policies(page, results):
         "quantile model of ten opinions a sample, which say more than the order that the ranking "
         "model has seen.",
         rows,
-        panel(figures.dots, rows, value="gold", label="score by the panel", size=(5.5, 4.9)),
+        panel(figures.dots, rows, value="gold", label="score by the panel", size=(5.5, 4.9))
     )
     rows = win_rows(results)
     page.figure(
@@ -381,7 +381,7 @@ def section_policies(page, results):
         "All seeds together; a triangle is one seed. Scores that round to the same multiple of "
         "0.05 tie.",
         rows,
-        panel(figures.wins, rows, size=(5.5, 6.9)),
+        panel(figures.wins, rows, size=(5.5, 6.9))
     )
     shown, raw = corner_rows(results)
     page.table(
@@ -392,7 +392,7 @@ def section_policies(page, results):
         "experts' questions and the samples, places on the samples; with the loss the map to a "
         "reward. Mean over seeds (least to greatest); 0.5 is a coin.",
         shown,
-        raw,
+        raw
     )
     rows = kind_rows(results)
     page.figure(
@@ -401,7 +401,7 @@ def section_policies(page, results):
         "The panel likes <em>why</em> and <em>how did it feel</em> best (its tastes are below): "
         "part of a gain can be a change of the kind of question, not of its quality.",
         rows,
-        (figures.kinds, rows, "", {"order": world.KINDS, "size": (5.5, 4.7)}),
+        panel(figures.kinds, rows, order=world.KINDS, size=(5.5, 4.7))
     )
 
 
@@ -419,8 +419,11 @@ def section_training(page, results, metrics):
     panels = []
     for arm in PAPER_A:
         if f"ppo-{arm}" in metrics[0]:
-            options = {"value": "score_normalised", "label": "normalised reward", "least": 0.8}
-            panels.append(panel(figures.curves, rows, arm, names=[arm], size=(5.5, 3.1), **options))
+            panels.append(panel(
+                figures.curves, rows, arm,
+                value="score_normalised", label="normalised reward",
+                names=[arm], least=0.8, size=(5.5, 3.1)
+            ))
     page.figure(
         "reward",
         "Reward during PPO",
@@ -428,7 +431,7 @@ def section_training(page, results, metrics):
         "normalised): heights of two reward models say nothing beside each other, only a curve's "
         "own rise does. Line: mean over seeds, smoothed; band: least to greatest.",
         rows,
-        *panels,
+        *panels
     )
     rows = step_rows(results, metrics, "entropy")
     page.figure(
@@ -437,7 +440,7 @@ def section_training(page, results, metrics):
         "Full-vocabulary Shannon entropy of the policy on its own samples. Paper A reports a rise "
         "under the classification reward.",
         rows,
-        *two_panels(figures.curves, rows, value="entropy", label="nats a token"),
+        *two_panels(figures.curves, rows, value="entropy", label="nats a token")
     )
 
 
@@ -454,12 +457,9 @@ def section_ways(page, results, metrics):
         rows,
         *two_panels(figures.ways, rows),
         panel(
-            figures.own,
-            rows,
-            "a tenth of the KL penalty",
-            names=["ranking", "ranking-loose"],
-            size=TALL,
-        ),
+            figures.own, rows, "a tenth of the KL penalty", names=["ranking", "ranking-loose"],
+            size=TALL
+        )
     )
     rows = passes(results, metrics)
     panels = []
@@ -475,7 +475,7 @@ def section_ways(page, results, metrics):
         "own, one pass in all. Together: as many updates are several passes. A held-out loss that "
         "turns up again is overfitting.",
         rows,
-        *panels,
+        *panels
     )
 
 
@@ -508,7 +508,7 @@ def section_quantiles(page, results):
         "outputs are read sorted.",
         first,
         *panels,
-        raw=rows,
+        raw=rows
     )
     shown, raw = reward_rows(results)
     page.table(
@@ -518,7 +518,7 @@ def section_quantiles(page, results):
         "1e-10, which measures the sample's size too. Accuracy and AUC do not change when a reward "
         "is stretched. Mean over seeds (least to greatest).",
         shown,
-        raw,
+        raw
     )
     page.figure(
         "discrimination",
@@ -526,7 +526,7 @@ def section_quantiles(page, results):
         "Further right is more often right. Filled: Gaussian KL; open: raw 50-bin KL of "
         "the same models; what lies between the two is bins and floor, not the model.",
         raw,
-        panel(figures.discrimination, raw, size=(5.5, 4.6)),
+        panel(figures.discrimination, raw, size=(5.5, 4.6))
     )
 
 
@@ -539,7 +539,7 @@ def section_calibration(page, results):
         "Confidence is the sigmoid of the difference of two means. Only losses with a ranking term "
         "(scalar, quantile) train it to be a probability; on the diagonal it can be believed.",
         rows,
-        panel(figures.reliability, rows, size=(5.5, 4.3)),
+        panel(figures.reliability, rows, size=(5.5, 4.3))
     )
     rows = quantile_rows(results)
     page.figure(
@@ -549,7 +549,7 @@ def section_calibration(page, results):
         "tells chosen from rejected as well as the mean does.",
         rows,
         panel(figures.per_quantile, rows, "pair accuracy", value="accuracy", label="accuracy"),
-        panel(figures.per_quantile, rows, "AUC", value="auc", label="AUC"),
+        panel(figures.per_quantile, rows, "AUC", value="auc", label="AUC")
     )
 
 
@@ -567,7 +567,7 @@ def section_distribution(page, results):
         f"{COVERAGE_MARGIN}. A constant can cover as well; what reading adds is a smaller pinball "
         f"loss: {loss} against the best constant's {constant}.",
         rows,
-        panel(figures.coverage, rows, size=(5.5, 4.6)),
+        panel(figures.coverage, rows, size=(5.5, 4.6))
     )
     rows = collapse_rows(results)
     page.figure(
@@ -577,13 +577,9 @@ def section_distribution(page, results):
         "(self_mean), the best that the ten can do is to be equal: then no distribution is left.",
         rows,
         panel(
-            figures.dots,
-            rows,
-            value="within",
-            label="deviation within a response (log)",
-            log=True,
-            size=(5.5, 3.2),
-        ),
+            figures.dots, rows, value="within", label="deviation within a response (log)",
+            log=True, size=(5.5, 3.2)
+        )
     )
 
 
@@ -598,7 +594,7 @@ def section_optimum(page, results):
         "expectile's, not a quantile's, and known in closed form. Training pairs; mean distance "
         f"{off}.",
         rows,
-        panel(figures.closed, rows, size=(5.5, 4.4)),
+        panel(figures.closed, rows, size=(5.5, 4.4))
     )
     rows = bin_rows(results, QUANTILE_MODELS[:3], "decile", "quantiles", "spread", "deciles")
     path = ("pairs", "quantiles", "spread", "spearman")
@@ -610,7 +606,7 @@ def section_optimum(page, results):
         "Spearman correlation of quantile 9 − quantile 0 with the deviation of the ten opinions: "
         f"{rho}. A line that falls means: wide is less often right.",
         rows,
-        panel(figures.deciles, rows),
+        panel(figures.deciles, rows)
     )
 
 
@@ -654,7 +650,7 @@ def section_panel(page, results):
         "What an answerable question of each kind is worth. vague: well formed, but the passage "
         "does not answer it; missing: taken away for each name that the passage lacks; broken: not "
         "a question of this world.",
-        tastes,
+        tastes
     )
     rows = []
     raw = []
@@ -677,11 +673,12 @@ def section_made(page, out, study, seeds):
     done = {}
     seconds = {}
     for name, stage in study["stages"].items():
-        seed, _, kind = name.partition("/")
-        if seed.startswith("seed") and int(seed[4:]) >= seeds:
-            continue
+        kind = name
+        if name.startswith("seed"):
+            seed, kind = name[4:].split("/")
+            if int(seed) >= seeds:
+                continue
         done[name] = stage
-        kind = name.split("/")[1] if name.startswith("seed") else name
         seconds.setdefault(kind, []).append(stage["seconds"])
     peak = max([stage["peak_gib"] for stage in done.values()], default=None)
     scale = escape(str(study["scale"]))
@@ -703,7 +700,7 @@ def section_made(page, out, study, seeds):
         "Stages",
         "Seconds of the last attempt, mean over seeds (least to greatest).",
         [{"stage": name, "seconds": spread(x, 1)} for name, x in sorted(seconds.items())],
-        [{"stage": name, "seconds": stage["seconds"]} for name, stage in done.items()],
+        [{"stage": name, "seconds": stage["seconds"]} for name, stage in done.items()]
     )
     links = " ".join(f'<a href="{name}">{name}</a>' for name in sorted(page.csv))
     page.text(f"<p>All numbers: {links}</p>")
@@ -712,19 +709,18 @@ def section_made(page, out, study, seeds):
 def overview(results, metrics):
     """The four most telling figures, for a README.  -> PNG bytes"""
     scores = policy_rows(results)
-    entropy = {"value": "entropy", "label": "nats a token", "names": PAPER_A}
     steps = step_rows(results, metrics, "entropy")
     ways = way_rows(results, metrics)
     _, rewards = reward_rows(results)
     return figures.overview([
         panel(
-            figures.dots,
-            scores,
-            "Score by the panel: a dot a seed",
-            value="gold",
-            label="score by the panel",
+            figures.dots, scores, "Score by the panel: a dot a seed", value="gold",
+            label="score by the panel"
         ),
-        panel(figures.curves, steps, "Entropy during PPO", **entropy),
+        panel(
+            figures.curves, steps, "Entropy during PPO",
+            value="entropy", label="nats a token", names=PAPER_A
+        ),
         panel(figures.ways, ways, "Score by the panel against KL", names=PAPER_A),
         panel(figures.discrimination, rewards, "Reward models: KL and accuracy"),
     ])
