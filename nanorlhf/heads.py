@@ -47,6 +47,7 @@ class Policy(nn.Module):
     def __init__(self, trunk: nn.Module, value_head: bool = False, detach_value: bool = False):
         super().__init__()
         self.trunk = trunk
+        self.tokenizer = None                    # hub.load_policy sets it
         self.detach_value = detach_value
         self.value_head = nn.Linear(trunk.width, 1) if value_head else None
         if value_head:

@@ -205,7 +205,7 @@ def test_the_share_is_the_last_line(work, folder, capsys, monkeypatch):
 def test_the_share_is_the_limits_time_over_the_steps(monkeypatch):
     # A clock that only the step and the measurements move: 2 s a step of 100 operations and 30 bytes; limits 100, 400, 100 a second and 60 bytes.
     clock, rates, flows = [0.0], iter([100, 400, 100]), iter([60, 30, 60])
-    monkeypatch.setattr(limit.speed, "_now", lambda device: clock[0])
+    monkeypatch.setattr(limit.speed, "synchronised_time", lambda device: clock[0])
     step = lambda rows: clock.__setitem__(0, clock[0] + 2) or (100, 30, 0.5)
     found = limit.alternate(step, [limit.random_rows(1, 9)] * 2, torch.device("cpu"), lambda: (next(rates), "shape"), lambda: next(flows))
     bound = 100 / 250 + 30 / 45                  # means of before and after: (100 + 400) / 2, (60 + 30) / 2

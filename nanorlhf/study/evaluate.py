@@ -704,10 +704,7 @@ def show(result, indent="  "):
 
 def compare_files(config):
     """Win rate of the responses in --a over those in --b."""
-<<<<<<< HEAD
-    judge = load_judge(JudgeConfig(config.judge, config.a, reference=config.reference, url=config.url, model=config.model, cache=config.cache))
-=======
-    judge = make(JudgeConfig(
+    judge = load_judge(JudgeConfig(
         judge=config.judge,
         data=config.a,
         reference=config.reference,
@@ -715,7 +712,6 @@ def compare_files(config):
         model=config.model,
         cache=config.cache,
     ))
->>>>>>> w-study2
     prompts, a, b, alone, dropped = matched(config.a, config.b, config.k)
     result = win_rate(judge, prompts, a, b)
     if not result["n"]:

@@ -395,18 +395,13 @@ def section_policies(page, results):
         raw
     )
     rows = kind_rows(results)
-<<<<<<< HEAD
-    page.figure("kinds", "What the policies ask", "The panel likes <em>why</em> and <em>how did it feel</em> best (its tastes are below): part of a "
-                "gain can be a change of the kind of question, not of its quality.",
-                rows, (figures.kinds, rows, "", {"order": world.QUESTION_TYPES, "size": (5.5, 4.7)}))
-=======
     page.figure(
         "kinds",
         "What the policies ask",
         "The panel likes <em>why</em> and <em>how did it feel</em> best (its tastes are below): "
         "part of a gain can be a change of the kind of question, not of its quality.",
         rows,
-        panel(figures.kinds, rows, order=world.KINDS, size=(5.5, 4.7))
+        panel(figures.kinds, rows, order=world.QUESTION_TYPES, size=(5.5, 4.7))
     )
 
 
@@ -416,7 +411,6 @@ def two_panels(draw, rows, **options):
         panel(draw, rows, "paper A's arms, and controls", names=PAPER_A, size=TALL, **options),
         panel(draw, rows, "the other arms", names=OTHERS, size=TALL, **options),
     )
->>>>>>> w-study2
 
 
 def section_training(page, results, metrics):
