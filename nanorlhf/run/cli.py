@@ -22,7 +22,7 @@ COMMON_BOUNDS = dict(
     warmup=(0, None),
     seed=(0, 2**63 - 1),
     eval_every=(1, None),
-    save_every=(1, None),
+    save_every=(1, None)
 )
 # the comment lines above a field, its name, the comment after it
 FIELD = re.compile(r"((?:^    #.*\n)*)^    (\w+):[^#\n]*(?:# *(.*))?$", re.MULTILINE)
@@ -61,9 +61,9 @@ def parse(cls, arguments=None):
     Raises InputError for unknown flags and wrong values.
     """
     parser = _Parser(
-        description=(inspect.getmodule(cls).__doc__ or cls.__doc__).strip(),
+        description=inspect.getmodule(cls).__doc__.strip(),
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter
     )
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):

@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: left out, counted, and reported reproducibly."""
-import dataclasses
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -83,8 +83,8 @@ class NonFiniteGuard:
             "script": self.script,
             "step": step,
             "message": message,
-            "flags": dataclasses.asdict(self.config),
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "flags": asdict(self.config),
+            "rows": [asdict(row) for row in rows]
         }
         tensors = dict(tensors)
         for name, parameter in self.model.named_parameters():
