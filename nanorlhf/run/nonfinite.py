@@ -86,11 +86,11 @@ class NonFiniteGuard:
             "flags": asdict(self.config),
             "rows": [asdict(row) for row in rows]
         }
-        tensors = dict(tensors)
-        for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach().cpu()
+        parameters = self.model.named_parameters()
+        weights = {f"model.{name}": parameter.detach().cpu() for name, parameter in parameters}
+        content = save_tensors(weights | tensors, {"run": json.dumps(metadata)})
         file = f"nonfinite-{step:06}.safetensors"
-        replace_all(out, {file: save_tensors(tensors, {"run": json.dumps(metadata)})})
+        replace_all(out, {file: content})
         return f"; reproduced by {out / file}"
 
 
