@@ -1,14 +1,16 @@
-"""Stage 3: PPO on a reward model or on a Python function. One step: generate, score, evaluate, advantages, update.
+"""Stage 3: PPO on a reward model or on a Python function.
 
-    python train_ppo.py --data FairytaleQAData --policy runs/sft --reward runs/rm --out runs/ppo --steps 100
-    torchrun --nproc_per_node=8 train_ppo.py ...     the same on eight GPUs: same rollouts, same minibatches, same update
+    python train_ppo.py --data FairytaleQAData --policy runs/sft --reward runs/rm --out runs/ppo
+    torchrun --nproc_per_node=8 train_ppo.py ...
 
-Every process generates, scores and evaluates its share of the prompts. The rollout (integers and a few
-numbers per token) is then known to all: whitening, KL control and logs are of the whole, and minibatches are
-planned globally and shared out.
+One step: generate, score, log-probabilities and values, advantages, update. In the first three each
+process has its share of the prompts. The rollout (integers and a few numbers per token) is then
+known to all of them: whitening, KL control and logs are of the whole, and minibatches are planned
+globally and shared out. So rollouts, minibatches and update on eight GPUs are those on one.
 
-G prompts per rollout, K responses per prompt, R response tokens at most. Three kinds of indices: rollout_ids and
-minibatch_ids count the rollout's prompts 0 .. G-1, micro_ids count the prompts of one minibatch.
+G prompts per rollout, K responses per prompt, R response tokens at most. Three kinds of indices:
+rollout_ids and minibatch_ids count the rollout's prompts 0 .. G-1, micro_ids the prompts of one
+minibatch.
 """
 import copy
 import time
@@ -44,10 +46,12 @@ from nanorlhf.run.training_run import TrainingRun, describe_dropped, describe_nu
 SCRIPT = "train_ppo"
 SCORE_CLIP = 10.0          # a normalised score beyond this is an outlier of the reward model
 ADAM_EPS = 1e-5
-CRITIC_STEPS = 20          # rollouts in which a critic that starts at 0 may be worse than a constant
+CRITIC_STEPS = 20          # rollouts in which a new critic may be worse than a constant
 EVAL_PROMPTS = 64          # held-out prompts, one response each, the same draws at every evaluation
 SAMPLE_PROMPTS = 3         # of them, how many are shown
-EVAL_STATS = ("score", "score_normalised", "kl", "entropy", "response_length", "eos_rate", "distinct")
+EVAL_STATS = (
+    "score", "score_normalised", "kl", "entropy", "response_length", "eos_rate", "distinct",
+)
 PROGRESS = (               # on the progress line
     "score", "kl", "entropy", "response_length", "eos_rate", "distinct",
     "ratio_first", "clip_fraction", "explained_variance", "mfu", "seconds",
@@ -56,18 +60,22 @@ PROGRESS = (               # on the progress line
 
 @dataclass(frozen=True)
 class Config:
-    data: str              # prompts: FairytaleQA or HH folder, groups JSONL, or a folder with train.jsonl and val.jsonl
+    # prompts: FairytaleQA or HH folder, groups JSONL, or a folder with train.jsonl and val.jsonl
+    data: str
     policy: str            # supervised model: a run or a model folder; also the frozen reference
-    reward: str            # reward model: a run or a folder; or path.py:function with (prompts, responses) -> scores
+    # reward model: a run or a folder; or path.py:function with (prompts, responses) -> scores
+    reward: str
     out: str               # run folder; the same command again resumes
-    statistic: str = "mean"    # of a quantile model's outputs: mean, q0 .. q9, cvar:A (mean of the lowest A)
+    # of a quantile model's outputs: mean, q0 .. q9, cvar:A (mean of the lowest share A)
+    statistic: str = "mean"
     steps: int = 100       # rollouts
     groups: int = 16       # prompts per rollout
     k: int = 4             # responses per prompt
     max_new_tokens: int = 48   # response tokens at most, EOS included
     temperature: float = 1.0   # of sampling, and of every log-probability
     kl_coef: float = 0.05  # beta in r_t = -beta (logprob - ref_logprob)
-    kl_coef_target: float = 0.0    # KL to the reference, nats per response, that beta is adapted to; 0: beta is fixed
+    # KL to the reference, nats per response, that beta is adapted to; 0: beta is fixed
+    kl_coef_target: float = 0.0
     kl_horizon: int = 10000    # responses over which beta adapts
     gamma: float = 1.0     # discount per token
     lam: float = 0.95      # lambda of GAE
@@ -77,16 +85,20 @@ class Config:
     detach_value: bool = False     # true: no value gradient into the trunk
     epochs: int = 4        # passes over a rollout
     minibatches: int = 4   # optimizer steps per pass; divides --groups
-    target_kl: float = 0.0     # KL to the rollout's policy, nats per response, that ends the passes early; 0: never
+    # KL to the rollout's policy, nats per response, that ends the passes early; 0: never
+    target_kl: float = 0.0
     eos_penalty: float = 1.0   # taken from the score of a response that did not end
     max_tokens: int = 8192     # columns per micro-batch
     max_length: int = 0    # positions of prompt + response; 0: the model's context
     lr: float = 1e-5       # learning rate of AdamW
     warmup: int = 0        # rollouts until the learning rate is reached
-    schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
+    # of the learning rate; linear falls towards 0 at the last step
+    schedule: Literal["linear", "constant"] = "linear"
     seed: int = 0          # of prompts, draws and minibatches
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; under bfloat16 weights stay float32
-    compile: bool = False  # torch.compile the blocks, on CUDA with FlexAttention; the first steps then take minutes
+    # of the forward; under bfloat16 the weights that are trained stay float32
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    # torch.compile the blocks, on CUDA with FlexAttention; the first steps then take minutes
+    compile: bool = False
     activation_checkpointing: bool = False     # less memory, a third more work
     device: str = "auto"   # cpu, cuda, cuda:1; auto takes CUDA where there is one
     eval_every: int = 20   # rollouts between evaluations
@@ -114,17 +126,17 @@ class Rollout:
     raw: Tensor                     # (G,K) score before normalisation
     normalised: Tensor              # (G,K) and clipped
     scores: Tensor                  # (G,K) less the penalty for not ending
-    old_logprobs: Tensor = None     # (G,K,R) of the policy that sampled
+    old_logprobs: Tensor = None     # (G,K,R) of the policy as this step begins
     ref_logprobs: Tensor = None     # (G,K,R)
     values: Tensor = None           # (G,K,R)
     entropy: Tensor = None          # (G,K,R)
     advantages: Tensor = None       # (G,K,R)
     returns: Tensor = None          # (G,K,R)
 
-    def select(self, ids: list[int], R: int, device, dtype: torch.dtype) -> "Targets":
+    def select(self, ids, R, device, dtype) -> "Targets":
         """What the losses of these prompts are computed from, (len(ids),K,R) each."""
-        tensors = [getattr(self, name)[ids, :, :R].to(device, dtype) for name in Targets._fields]
-        return Targets(*tensors)
+        tensors = (self.old_logprobs, self.advantages, self.values, self.returns)
+        return Targets(*(tensor[ids, :, :R].to(device, dtype) for tensor in tensors))
 
 
 class Targets(NamedTuple):
@@ -145,12 +157,15 @@ def local_prompts(prompts, k, config):
 
 @torch.no_grad()
 def generate_responses(setup, prompts, stream, step, k):
-    """K responses per prompt; each process generates its share, all get the whole.  prompts: rows  ->  rows with responses"""
+    """K responses per prompt; each process generates its share, all get the whole.
+
+    prompts: rows without responses  ->  rows with responses
+    """
     config = setup.config
     local_ids = local_prompts(prompts, k, config)
     sampling = Sampling(
-        k, config.max_new_tokens, setup.tokenizer.eos_id, config.seed, stream, config.temperature,
-        max_tokens=config.max_tokens,
+        k, config.max_new_tokens, setup.tokenizer.eos_id, config.seed, stream,
+        temperature=config.temperature, max_tokens=config.max_tokens,
     )
     with precision.autocast(setup.policy, config.dtype):
         local_responses = generate(
@@ -159,7 +174,7 @@ def generate_responses(setup, prompts, stream, step, k):
             [prompts[i].index for i in local_ids],
             sampling, step,
         )
-    responses = dist.gather_by_index(len(prompts), local_ids, local_responses)
+    responses = dist.all_gather_by_index(len(prompts), local_ids, local_responses)
     return [Row(row.prompt, samples, row.index) for row, samples in zip(prompts, responses)]
 
 
@@ -167,9 +182,9 @@ def generate_responses(setup, prompts, stream, step, k):
 
 @torch.no_grad()
 def score_responses(setup, rows, prompt_texts, step):
-    """Text to the reward, scores back: normalised, clipped, less the penalty for not ending.  -> Rollout
+    """Text to the reward, scores back: normalised, clipped, less the penalty for not ending.
 
-    rows: as generated;  prompt_texts: all prompts' texts by row.index
+    rows: as generated;  prompt_texts: all prompts' texts by row.index  ->  Rollout
     """
     config, reward, eos_id = setup.config, setup.reward, setup.tokenizer.eos_id
     texts, ended = [], []
@@ -186,9 +201,9 @@ def score_responses(setup, rows, prompt_texts, step):
             [ended[i] for i in local_ids],
             normalised=False,
         ).tolist()
-    raw = torch.tensor(dist.gather_by_index(len(rows), local_ids, local_scores))
+    raw = torch.tensor(dist.all_gather_by_index(len(rows), local_ids, local_scores))
     if not raw.isfinite().all():
-        raise FloatingPointError(f"--reward {config.reward} gave NaN or infinity at step {step}: a broken model")
+        raise FloatingPointError(f"--reward {config.reward} gave NaN or infinity at step {step}")
     normalised = reward.normalise(raw).clamp(-SCORE_CLIP, SCORE_CLIP)
     ended = torch.tensor(ended)
     scores = normalised - config.eos_penalty * ~ended
@@ -197,16 +212,17 @@ def score_responses(setup, rows, prompt_texts, step):
     return Rollout(rows, texts, ended, response_mask, raw, normalised, scores)
 
 
-# --------------------------------------------- evaluate by policy, critic and reference
+# ------------------------------------- log-probabilities and values, by policy and reference
 
 @torch.no_grad()
-def evaluate_rollout(setup, rollout):
+def compute_logprobs_and_values(setup, rollout):
     """Log-probabilities, values and entropy of a rollout, by the forward that trains.
 
     With the same packing the first ratio is exactly 1: a sampling path rounds otherwise.
     """
     config = setup.config
-    old_logprobs, ref_logprobs, values, entropy = torch.zeros(4, *rollout.response_mask.shape, dtype=torch.float64)
+    shape = (4, *rollout.response_mask.shape)
+    old_logprobs, ref_logprobs, values, entropy = torch.zeros(shape, dtype=torch.float64)
     plan = plan_micro_batches(rollout.rows, config.max_tokens, dist.world_size())[dist.rank()]
     for rollout_ids, batch in zip(plan, prefetch(rollout.rows, plan, setup.device)):
         with precision.autocast(setup.policy, config.dtype):
@@ -228,47 +244,53 @@ def evaluate_rollout(setup, rollout):
 # ----------------------------------------------------------------------- advantages
 
 def compute_advantages(rollout, kl_coef, config):
-    """Rewards per token, advantages by GAE, whitened over all response tokens of the rollout; returns stay as they are."""
+    """Rewards per token, returns, and advantages by GAE, whitened over the whole rollout.
+
+    -> rewards (G,K,R)
+    """
     mask = rollout.response_mask
-    rewards = ppo.shape_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef)
-    advantages, rollout.returns = ppo.gae(rewards, rollout.values, mask, config.gamma, config.lam)
+    rewards = ppo.shape_rewards(
+        rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef
+    )
+    advantages, rollout.returns = ppo.gae(
+        rewards, rollout.values, mask, config.gamma, config.lam
+    )
     rollout.advantages = ppo.whiten(advantages, mask)
     return rewards
 
 
 # --------------------------------------------------------------------------- update
 
-def ppo_loss(setup, batch, old, num_tokens, num_responses):
+def ppo_loss(setup, batch, targets, num_tokens, num_responses):
     """The loss of a micro-batch, its numbers for the log, and the ratio that is farthest from 1.
 
-    old: Targets of its prompts;  num_tokens, num_responses: of the whole minibatch, on all processes
+    targets: of its prompts;  num_tokens, num_responses: of the whole minibatch, on all processes
     """
     config = setup.config
     with precision.autocast(setup.policy, config.dtype):
         new = setup.policy(batch, config.temperature)
     mask = batch.response_mask
     policy_loss, clip_fraction = ppo.policy_loss(
-        new.logprobs, old.old_logprobs, old.advantages, mask, config.clip, num_tokens
+        new.logprobs, targets.old_logprobs, targets.advantages, mask,
+        clip=config.clip, count=num_tokens,
     )
     value_loss, value_clip_fraction = ppo.value_loss(
-        new.values, old.values, old.returns, mask, config.value_clip, num_tokens
+        new.values, targets.values, targets.returns, mask,
+        clip=config.value_clip, count=num_tokens,
     )
     new_logprobs = new.logprobs.detach()
-    approx_kl = ppo.masked_mean(ppo.kl_k3(old.old_logprobs, new_logprobs), mask, num_responses)
-    ratio = torch.exp(new_logprobs - old.old_logprobs)[mask]
+    kl = ppo.kl_k3(targets.old_logprobs, new_logprobs)
+    approx_kl = ppo.masked_mean(kl, mask, num_responses)
+    ratio = torch.exp(new_logprobs - targets.old_logprobs)[mask]
     stats = {
         "policy_loss": policy_loss.item(),
         "value_loss": value_loss.item(),
         "clip_fraction": clip_fraction.item(),
         "value_clip_fraction": value_clip_fraction.item(),
-        "approx_kl": approx_kl.item(),           # KL(rollout's policy || this one), nats per response
+        "approx_kl": approx_kl.item(),           # KL(rollout's policy || this one), per response
     }
     loss = policy_loss + config.vf_coef * value_loss
-    return loss, stats, farthest_from_one(ratio.tolist())
-
-
-def farthest_from_one(ratios):
-    return max(ratios, key=lambda ratio: abs(ratio - 1))
+    return loss, stats, ratio[(ratio - 1).abs().argmax()].item()
 
 
 def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
@@ -277,6 +299,7 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
     rows = [rollout.rows[i] for i in minibatch_ids]
     num_tokens = int(rollout.response_mask[minibatch_ids].sum())
     num_responses = len(rows) * config.k
+    dtype = precision.master_dtype(config.dtype)
     plan = plan_micro_batches(rows, config.max_tokens, dist.world_size())
     local_plan = plan[dist.rank()]
     micro_losses, ratios = [], []
@@ -284,13 +307,13 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
     for micro_ids, batch in zip(local_plan, prefetch(rows, local_plan, setup.device)):
         rollout_ids = [minibatch_ids[i] for i in micro_ids]
         R = batch.response_mask.shape[-1]
-        old = rollout.select(rollout_ids, R, setup.device, precision.master_dtype(config.dtype))
-        loss, stats, ratio = ppo_loss(setup, batch, old, num_tokens, num_responses)
+        targets = rollout.select(rollout_ids, R, setup.device, dtype)
+        loss, stats, ratio = ppo_loss(setup, batch, targets, num_tokens, num_responses)
         loss.backward()
         micro_losses.append(loss.item())
         local_stats.update(stats)
         ratios.append(ratio)
-    dist.all_reduce_gradients(setup.policy)
+    dist.all_reduce_gradients(setup.policy)      # a sum: each loss is divided by the whole's tokens
     grad_norm = optim.gradient_norm(setup.policy)
 
     local = [micro_losses, grad_norm.item(), local_stats, ratios]
@@ -299,29 +322,36 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
     for process_stats in gathered_stats:
         stats.update(process_stats)
     stats["grad_norm"] = norms[0]
-    stats["ratio"] = farthest_from_one(sum(gathered_ratios, []))
-    tensors = {name: getattr(rollout, name)[minibatch_ids] for name in Targets._fields}
-    is_finite = guard.all_finite(step, rows, plan, gathered_losses, norms, **tensors)
+    stats["ratio"] = max(sum(gathered_ratios, []), key=lambda ratio: abs(ratio - 1))
+    # where a loss or the gradient is not: no process takes the step, and the gradient is dropped
+    targets = rollout.select(minibatch_ids, None, "cpu", torch.float64)
+    is_finite = guard.all_finite(step, rows, plan, gathered_losses, norms, **targets._asdict())
     if is_finite:
         optim.update(setup.policy, optimizer, lr, grad_norm)
     return stats, is_finite
 
 
 def update(setup, optimizer, guard, rollout, step, lr):
-    """Clipped PPO: epochs of fresh permutations, each cut into minibatches of whole groups.  -> mean numbers over the minibatches"""
+    """Clipped PPO: epochs of fresh permutations, each cut into minibatches of whole groups.
+
+    -> mean numbers over the minibatches
+    """
     config = setup.config
     num_prompts = len(rollout.rows)
     minibatch_size = num_prompts // config.minibatches
     taken = []                                   # numbers of each minibatch whose step was taken
     ratio_first = None
     for epoch in range(config.epochs):
-        order = permutation(num_prompts, config.seed, step * config.epochs + epoch, Stream.MINIBATCH).tolist()
+        pass_number = step * config.epochs + epoch
+        order = permutation(num_prompts, config.seed, pass_number, Stream.MINIBATCH).tolist()
         epoch_kls = []
         for start in range(0, num_prompts, minibatch_size):
             minibatch_ids = order[start : start + minibatch_size]
-            stats, is_finite = train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr)
+            stats, is_finite = train_minibatch(
+                setup, optimizer, guard, rollout, minibatch_ids, step, lr
+            )
             ratio = stats.pop("ratio")
-            if ratio_first is None:              # before the first optimizer step the policy is the one that sampled
+            if ratio_first is None:              # before the first step the policy is the rollout's
                 ratio_first = ratio
             if is_finite:
                 taken.append(stats)
@@ -337,7 +367,10 @@ def update(setup, optimizer, guard, rollout, step, lr):
 # ------------------------------------------------------------------ what a step shows
 
 def rollout_stats(rollout, rewards, kl_coef):
-    """What a rollout looks like, before it is learnt from. Per response: score, reward, kl, length; per token: entropy."""
+    """What a rollout looks like, before it is learnt from.
+
+    Per response: score, reward, kl, length; per token: entropy.
+    """
     mask = rollout.response_mask
     responses = rollout.scores.numel()
     old_logprobs, ref_logprobs = rollout.old_logprobs, rollout.ref_logprobs
@@ -361,7 +394,9 @@ def rollout_stats(rollout, rewards, kl_coef):
 
 
 def step_flops(setup, rows, epochs):
-    """Operations of a step: sampling, one forward of policy and reference each, the reward, and per epoch forward and
+    """Operations of a step.
+
+    Sampling, one forward of policy and reference each, the reward's, and per epoch forward and
     backward (twice a forward).
     """
     forward = speed.forward_flops(setup.policy.trunk, rows, head=True)
@@ -377,7 +412,8 @@ def warn_about(stats, config, step, log):
         )
     if stats["kl"] < -1:
         log.warn(
-            f"KL {stats['kl']:.2f} below 0: log-probabilities do not belong to the sampled tokens, or too few samples"
+            f"KL {stats['kl']:.2f} below 0: "
+            "log-probabilities do not belong to the sampled tokens, or too few samples"
         )
     if stats["eos_rate"] == 0:
         log.warn(
@@ -392,11 +428,13 @@ def warn_about(stats, config, step, log):
 
 
 def evaluate(setup, prompts, prompt_texts, step, log):
-    """One response to each held-out prompt, with the same draws every time, and a few of them as text."""
+    """One response to each held-out prompt, with the same draws every time, and a few of them as
+    text.
+    """
     kl_coef = setup.config.kl_coef
-    rows = generate_responses(setup, prompts[:EVAL_PROMPTS], Stream.EVALUATION, 0, 1)
+    rows = generate_responses(setup, prompts[:EVAL_PROMPTS], Stream.EVALUATION, step=0, k=1)
     rollout = score_responses(setup, rows, prompt_texts, step)
-    evaluate_rollout(setup, rollout)
+    compute_logprobs_and_values(setup, rollout)
     stats = rollout_stats(rollout, compute_advantages(rollout, kl_coef, setup.config), kl_coef)
     texts = [text for (text,) in rollout.texts]
     stats["distinct"] = len(set(texts)) / len(texts)
@@ -408,9 +446,13 @@ def evaluate(setup, prompts, prompt_texts, step, log):
 # ------------------------------------------------------------------------------ main
 
 def encode_prompts(groups, tokenizer, config, max_length):
-    """Distinct prompts that leave room for the response.  -> (rows without responses, all texts by index, what was dropped)"""
+    """Distinct prompts that leave room for the response.
+
+    -> (rows without responses, all prompts' texts by index, what was dropped)
+    """
     distinct = {group.prompt: data.Group(group.prompt, [], group.truncatable) for group in groups}
-    rows, dropped = encode_all(list(distinct.values()), tokenizer, max_length, config.max_new_tokens)
+    prompts = list(distinct.values())
+    rows, dropped = encode_all(prompts, tokenizer, max_length, config.max_new_tokens)
     return rows, list(distinct), dropped
 
 
@@ -422,8 +464,9 @@ def load_models(config, device):
     policy.to(device, precision.master_dtype(config.dtype))
     reward = hub.load_reward(config.reward, config.statistic, config.max_tokens)
     reward.to(device, config.dtype, config.compile)
-    for model in (policy, reference):
-        choose_kernels(model.trunk, device, config.dtype, config.compile, config.activation_checkpointing)
+    kernels = (device, config.dtype, config.compile, config.activation_checkpointing)
+    choose_kernels(trunk, *kernels)
+    choose_kernels(reference.trunk, *kernels)
     return Setup(config, device, tokenizer, policy, reference, reward)
 
 
@@ -432,11 +475,14 @@ def describe(setup, dataset, prompts, held_prompts, dropped, optimizer):
     config, trunk = setup.config, setup.policy.trunk
     adapted = f" adapted to {config.kl_coef_target} nats" if config.kl_coef_target else ""
     return {
-        "policy": f"{speed.describe_model(trunk, setup.policy)}, from {config.policy}; reference: the same, frozen",
+        "policy": f"{speed.describe_model(trunk, setup.policy)}, from {config.policy}; "
+                  f"reference: the same, frozen",
         "critic": f"a linear head on the policy's trunk, starting at 0, vf_coef {config.vf_coef}"
                   f"{', detached' if config.detach_value else ''}",
-        "reward": f"{setup.reward.describe()}; clipped at +-{SCORE_CLIP:g}, {config.eos_penalty} less without EOS",
-        "data": f"{dataset.source}: {len(prompts)} prompts, {min(len(held_prompts), EVAL_PROMPTS)} held out; "
+        "reward": f"{setup.reward.describe()}; clipped at +-{SCORE_CLIP:g}, "
+                  f"{config.eos_penalty} less without EOS",
+        "data": f"{dataset.source}: {len(prompts)} prompts, "
+                f"{min(len(held_prompts), EVAL_PROMPTS)} held out; "
                 f"dropped: {describe_dropped(dataset.dropped + dropped)}",
         "step": f"{config.groups} prompts x {config.k} responses, {config.epochs} epochs x "
                 f"{config.minibatches} minibatches; {config.steps} steps",
@@ -449,14 +495,16 @@ def describe(setup, dataset, prompts, held_prompts, dropped, optimizer):
 def main(config):
     check_bounds(
         config, **COMMON_BOUNDS,
-        k=(1, None), max_new_tokens=(1, None), temperature=(1e-3, None), kl_coef=(0, None), kl_coef_target=(0, None),
-        kl_horizon=(config.groups * config.k, None), gamma=(0, 1), lam=(0, 1), clip=(0, None), value_clip=(0, None),
-        vf_coef=(0, None), epochs=(1, None), minibatches=(1, None), target_kl=(0, None), eos_penalty=(0, None),
+        k=1, max_new_tokens=1, temperature=1e-3, kl_horizon=config.groups * config.k,
+        gamma=(0, 1), lam=(0, 1), epochs=1, minibatches=1,
     )
     if config.groups % config.minibatches:
-        raise InputError(f"--minibatches {config.minibatches} does not divide --groups {config.groups}")
+        raise InputError(
+            f"--minibatches {config.minibatches} does not divide --groups {config.groups}"
+        )
     device = dist.setup(config.device, config.seed)
     resuming = run_folder.resumable(config, SCRIPT)
+    model_folder = Path(config.out) / "model"
 
     # models, prompts, optimizer
     setup = load_models(config, device)
@@ -464,7 +512,10 @@ def main(config):
     dataset = data.load(config.data)
     max_length = context_limit(config.max_length, policy.trunk.config.context)
     if config.max_new_tokens >= max_length:
-        raise InputError(f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in {max_length} positions")
+        raise InputError(
+            f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt "
+            f"in {max_length} positions"
+        )
     prompts, texts, dropped = encode_prompts(dataset.train, tokenizer, config, max_length)
     held_prompts, held_texts, _ = encode_prompts(dataset.held_out, tokenizer, config, max_length)
     if not prompts:
@@ -479,26 +530,33 @@ def main(config):
     lines = describe(setup, dataset, prompts, held_prompts, dropped, optimizer)
     header("train_ppo: proximal policy optimisation", **lines, machine=meter)
     kl_coef = float(config.kl_coef)
-    run = TrainingRun(config, SCRIPT, policy, optimizer, config.policy, PROGRESS, resuming, kl_coef=kl_coef)
+    run = TrainingRun(
+        config, SCRIPT, policy, optimizer, config.policy, PROGRESS, resuming, kl_coef=kl_coef
+    )
     kl_coef = run.numbers["kl_coef"]
     if run.first_step == 0 and held_prompts:
         evaluate(setup, held_prompts, held_texts, -1, run.log)
 
     for step in range(run.first_step, config.steps):
         began = time.time()
-        step_prompts = [prompts[i] for i in batch_indices(len(prompts), config.groups, step, config.seed)]
+        indices = batch_indices(len(prompts), config.groups, step, config.seed)
+        step_prompts = [prompts[i] for i in indices]
         rows = generate_responses(setup, step_prompts, Stream.ROLLOUT, step, config.k)
         rollout = score_responses(setup, rows, texts, step)
-        evaluate_rollout(setup, rollout)
+        compute_logprobs_and_values(setup, rollout)
         rewards = compute_advantages(rollout, kl_coef, config)
         stats = rollout_stats(rollout, rewards, kl_coef)
-        lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
+        lr = optim.learning_rate(
+            config.lr, step, config.steps, config.schedule, config.warmup
+        )
         stats.update(update(setup, optimizer, run.guard, rollout, step, lr))
         if config.kl_coef_target:
-            responses = rollout.scores.numel()
-            kl_coef = ppo.adapt_kl_coef(kl_coef, stats["kl"], config.kl_coef_target, responses, config.kl_horizon)
+            kl_coef = ppo.adapt_kl_coef(
+                kl_coef, stats["kl"], config.kl_coef_target,
+                n=config.groups * config.k, horizon=config.kl_horizon,
+            )
 
-        memory_gb = run.poll(device)
+        memory_gb = run.poll_signals(device)     # SIGTERM, Ctrl-C: see save_or_stop below
         plan = plan_micro_batches(rows, config.max_tokens, dist.world_size())
         flops = step_flops(setup, rows, stats["updates"] / config.minibatches)
         speed_stats = meter(rows, plan, flops, time.time() - began)
@@ -506,10 +564,11 @@ def main(config):
         warn_about(stats, config, step, run.log)
         if held_prompts and run.evaluates(step):
             evaluate(setup, held_prompts, held_texts, step, run.log)
-        run.save_if_due(
-            step, lambda: hub.save_policy(Path(config.out) / "model", policy, tokenizer), kl_coef=kl_coef
+        # after a signal: saves, then ends the run by an exception
+        run.save_or_stop(
+            step, lambda: hub.save_policy(model_folder, policy, tokenizer), kl_coef=kl_coef
         )
-    print(f"done: {Path(config.out) / 'model'}")
+    print(f"done: {model_folder}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Stage 2: a reward model, by ranking, classification or quantile regression. Any loss trains on any labels.
+"""Stage 2: a reward model, by ranking, classification or quantile regression.
 
     python train_rm.py --data ranked.jsonl --init runs/sft --loss ranking --out runs/rm --steps 200
-    torchrun --nproc_per_node=8 train_rm.py ...      the same on eight GPUs: same groups per step, same update
+    torchrun --nproc_per_node=8 train_rm.py ...
+
+Any loss trains on any labels. On eight GPUs the groups per step and the update are the same as on
+one.
 """
 import time
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from nanorlhf.run import dist, optim, precision, run_folder, speed
 from nanorlhf.run.cli import COMMON_BOUNDS, InputError, check_bounds, context_limit, run_script
 from nanorlhf.run.kernels import choose_kernels
 from nanorlhf.run.log import header
-from nanorlhf.run.training_run import TrainingRun, describe_dropped, describe_numbers, describe_step
+from nanorlhf.run.training_run import TrainingRun, describe_run
 
 SCRIPT = "train_rm"
 PROGRESS = ("loss", "grad_norm", "tokens_per_second", "mfu", "seconds")       # on the progress line
@@ -36,14 +39,19 @@ FIT_GROUPS = 500           # training groups that the normalisation is fitted on
 
 @dataclass(frozen=True)
 class Config:
-    data: str              # HH or FairytaleQA folder, groups JSONL, or a folder with train.jsonl and val.jsonl
-    init: str              # model folder or run, or a size for random weights: gpt2 ... llama-7b ... gpt2-nano, llama-nano
+    # HH or FairytaleQA folder, groups JSONL, or a folder with train.jsonl and val.jsonl
+    data: str
+    # model folder or run, or a size for random weights: gpt2 ... llama-7b ... gpt2-nano, llama-nano
+    init: str
     out: str               # run folder; the same command again resumes
-    loss: Literal["ranking", "classification", "quantile"] = "ranking"   # what is minimised
-    labels: Literal["auto", "place", "label", "scores"] = "auto"   # which judgement is used; auto: place, else label, else scores
-    pairs: Literal["together", "apart"] = "together"   # apart: each pair becomes a group of its own (overfits, says paper A)
+    loss: Literal["ranking", "classification", "quantile"] = "ranking"     # what is minimised
+    # which judgement of a group to use; auto: place, else label, else scores
+    labels: Literal["auto", "place", "label", "scores"] = "auto"
+    # apart: each pair of a group becomes a group of its own (overfits, says paper A)
+    pairs: Literal["together", "apart"] = "together"
     quantiles: int = 10    # outputs of a quantile model
-    quantile_target: Literal["label", "scores", "self_mean"] = "label"   # +1/-1 per comparison, the scores, or the best response's own mean
+    # what is regressed: +1/-1 per comparison, the scores, or the best response's own mean
+    quantile_target: Literal["label", "scores", "self_mean"] = "label"
     kappa: float = 1.0     # Huber threshold; 0 is the pinball loss, whose optimum is a quantile
     rank_coef: float = 1.0     # weight of the ranking loss of the means in the quantile model
     quantile_coef: float = 1.0     # weight of the quantile loss
@@ -54,10 +62,13 @@ class Config:
     max_length: int = 0    # positions of prompt + longest response; 0: the model's context
     lr: float = 2e-5       # learning rate of AdamW
     warmup: int = 10       # steps until the learning rate is reached
-    schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
+    # of the learning rate; linear falls towards 0 at the last step
+    schedule: Literal["linear", "constant"] = "linear"
     seed: int = 0          # of weights and order
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; under bfloat16 weights stay float32
-    compile: bool = False  # torch.compile the blocks, on CUDA with FlexAttention; the first steps then take minutes
+    # of the forward; under bfloat16 the weights that are trained stay float32
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    # torch.compile the blocks, on CUDA with FlexAttention; the first steps then take minutes
+    compile: bool = False
     activation_checkpointing: bool = False     # less memory, a third more work
     device: str = "auto"   # cpu, cuda, cuda:1; auto takes CUDA where there is one
     eval_every: int = 50   # steps between evaluations
@@ -75,7 +86,10 @@ def usable(rows, config):
 
 
 def counts(rows, config):
-    """What the losses average over, in the whole optimizer step: a mean of means would weigh small micro-batches more."""
+    """What the losses average over, in the whole optimizer step.
+
+    A mean of means would weigh small micro-batches more.
+    """
     ranked = labelled = targets = 0
     for row in rows:
         ranked += len(set(row.place)) > 1
@@ -89,7 +103,7 @@ def counts(rows, config):
 
 def reward_loss(outputs, batch, count, config):
     """The loss that --loss names.  outputs (B,K,N) raw, batch, count of `counts`  ->  scalar"""
-    scores = outputs.mean(-1)                                            # (B,K); N = 1: the scalar itself
+    scores = outputs.mean(-1)                    # (B,K); N = 1: the scalar itself
     if config.loss == "classification":
         labelled = batch.valid & (batch.label >= 0)
         weight = losses.balanced_weights(batch.label, labelled)
@@ -105,32 +119,34 @@ def reward_loss(outputs, batch, count, config):
         targets = scores.detach().unsqueeze(-1)
     levels = losses.quantile_levels(outputs.shape[-1])
     num_targets = max(count["targets"], 1)
-    quantile = losses.quantile_huber_loss(outputs, targets, levels, config.kappa, target_mask, num_targets)
+    quantile = losses.quantile_huber_loss(
+        outputs, targets, levels, config.kappa, target_mask, num_targets
+    )
     return config.rank_coef * ranking + config.quantile_coef * quantile
 
 
 @torch.no_grad()
 def compute_outputs(model, rows, config, device):
-    """Raw outputs (K,N) of each row, and the loss over all of them, the work shared among the processes."""
-    micro_batches = plan_micro_batches(rows, config.max_tokens, dist.world_size())[dist.rank()]
+    """Raw outputs (K,N) of each row, and the loss over all of them; each process has its share."""
+    plan = plan_micro_batches(rows, config.max_tokens, dist.world_size())[dist.rank()]
     count = counts(rows, config)
     local_ids, local_outputs = [], []
     local_loss = 0.0
-    for indices, batch in zip(micro_batches, prefetch(rows, micro_batches, device)):
+    for indices, batch in zip(plan, prefetch(rows, plan, device)):
         with precision.autocast(model, config.dtype):
             outputs = model(batch)
         local_loss += reward_loss(outputs, batch, count, config).item()
         for i, output in zip(indices, outputs):
             local_ids.append(i)
             local_outputs.append(output[: len(rows[i].responses)].tolist())
-    outputs = dist.gather_by_index(len(rows), local_ids, local_outputs)
+    outputs = dist.all_gather_by_index(len(rows), local_ids, local_outputs)
     dtype = precision.master_dtype(config.dtype)
     loss = sum(dist.all_gather_object(local_loss))
     return [torch.tensor(output, dtype=dtype) for output in outputs], loss
 
 
 def evaluate(model, rows, config, device):
-    """Loss; accuracy over all pairs of unequal place within a group; AUC over labels across groups; how often quantiles cross.
+    """Loss, accuracy within groups, AUC across groups, and how often quantiles cross.
 
     -> (numbers by name, raw outputs (K,N) of each row)
     """
@@ -143,8 +159,9 @@ def evaluate(model, rows, config, device):
                 labelled_scores.append(score)
                 labels.append(label == 1)
     numbers = {"eval_loss": loss, **metrics.pair_accuracy(rows, scores)}
-    numbers["eval_auc"] = metrics.auc(torch.tensor(labelled_scores), torch.tensor(labels, dtype=torch.bool))
-    crossing = torch.cat(outputs).diff(dim=-1).lt(0).float()             # quantile i + 1 below quantile i
+    labels = torch.tensor(labels, dtype=torch.bool)
+    numbers["eval_auc"] = metrics.auc(torch.tensor(labelled_scores), labels)
+    crossing = torch.cat(outputs).diff(dim=-1).lt(0).float()     # quantile i + 1 below quantile i
     if crossing.numel():
         numbers["eval_crossing"] = crossing.mean().item()
     return numbers, outputs
@@ -166,8 +183,19 @@ def fit_normalisation(reward, rows, config, device):
     deviation = reward.fit_normalisation(torch.cat(outputs))
     warning = ""
     if deviation < STD_FLOOR:
-        warning = f" (under the floor {STD_FLOOR}: rewards will deviate by {deviation / STD_FLOOR:.2f}, not by 1)"
-    print(f"normalised over the training mix: raw mean {reward.mean:.4f}, raw deviation {deviation:.4f}{warning}")
+        warning = (
+            f" (under the floor {STD_FLOOR}: "
+            f"rewards will deviate by {deviation / STD_FLOOR:.2f}, not by 1)"
+        )
+    print(
+        f"normalised over the training mix: raw mean {reward.mean:.4f}, "
+        f"raw deviation {deviation:.4f}{warning}"
+    )
+
+
+def warn_at_chance(accuracy, pairs, log):
+    if metrics.at_chance(accuracy, pairs):
+        log.warn(f"at chance: {accuracy:.3f} of {pairs} held-out pairs could be a coin's")
 
 
 def describe_loss(config):
@@ -184,7 +212,7 @@ def describe_loss(config):
 
 
 def load_rows(dataset, tokenizer, max_length, config):
-    """-> (training rows, held-out rows, what was dropped).  Raises InputError where nothing is left to learn from."""
+    """-> (training rows, held-out rows, what was dropped).  InputError: nothing is left"""
     train = data.split_into_pairs(dataset.train) if config.pairs == "apart" else dataset.train
     options = {"labels": config.labels, "target": config.quantile_target}
     encoded, dropped = encode_all(train, tokenizer, max_length, **options)
@@ -201,22 +229,23 @@ def load_rows(dataset, tokenizer, max_length, config):
         )
     if config.loss == "quantile" and config.quantile_coef and not counts(rows, config)["targets"]:
         raise InputError(
-            f"--quantile_target {config.quantile_target}: no response of --data {config.data} has any"
+            f"--quantile_target {config.quantile_target}: "
+            f"no response of --data {config.data} has any"
         )
     return rows, held_rows, dropped
 
 
 def main(config):
-    check_bounds(
-        config, **COMMON_BOUNDS,
-        quantiles=(2, 1000), kappa=(0, None), rank_coef=(0, None), quantile_coef=(0, None),
-    )
+    check_bounds(config, **COMMON_BOUNDS, quantiles=(2, 1000))
     device = dist.setup(config.device, config.seed)
     resuming = run_folder.resumable(config, SCRIPT)
+    model_folder = Path(config.out) / "model"
 
     # data
     dataset = data.load(config.data)
-    trunk, tokenizer, source = hub.init_or_load(config.init, config.tokenizer, dataset.train_texts, head=False)
+    trunk, tokenizer, source = hub.init_or_load(
+        config.init, config.tokenizer, dataset.train_texts, head=False
+    )
     max_length = context_limit(config.max_length, trunk.config.context)
     rows, held_rows, dropped = load_rows(dataset, tokenizer, max_length, config)
 
@@ -234,10 +263,7 @@ def main(config):
         model=f"{speed.describe_model(trunk, model)}, {model.score.out_features} outputs, {source}",
         data=f"{dataset.source}: {len(rows)} groups, {counts(rows, config)['ranked']} with a pair, "
              f"{len(held_rows)} groups held out",
-        dropped=describe_dropped(dropped),
-        step=describe_step(config, rows),
-        numbers=describe_numbers(config, device, optimizer),
-        machine=meter,
+        **describe_run(config, rows, dropped, device, optimizer, meter),
         loss=describe_loss(config),
     )
     run = TrainingRun(config, SCRIPT, model, optimizer, config.init, PROGRESS, resuming)
@@ -260,16 +286,19 @@ def main(config):
         dist.all_reduce_gradients(model)
         grad_norm = optim.gradient_norm(model)
 
-        gathered_losses, norms = zip(*dist.all_gather_object([micro_losses, grad_norm.item()]))    # per process
+        # per process
+        gathered_losses, norms = zip(*dist.all_gather_object([micro_losses, grad_norm.item()]))
         lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
         if run.guard.all_finite(step, step_rows, plan, gathered_losses, norms):
             optim.update(model, optimizer, lr, grad_norm)
 
-        memory_gb = run.poll(device)
-        flops = 3 * speed.forward_flops(trunk, step_rows, head=False)  # the backward is two forwards' work
+        memory_gb = run.poll_signals(device)     # SIGTERM, Ctrl-C: see save_or_stop below
+        # the backward is two forwards' work
+        flops = 3 * speed.forward_flops(trunk, step_rows, head=False)
         run.log.step(
-            step, loss=sum(map(sum, gathered_losses)), lr=lr, grad_norm=norms[0], skipped=run.guard.skipped,
-            memory_gb=memory_gb, **meter(step_rows, plan, flops, time.time() - began),
+            step, loss=sum(map(sum, gathered_losses)), lr=lr, grad_norm=norms[0],
+            skipped=run.guard.skipped, memory_gb=memory_gb,
+            **meter(step_rows, plan, flops, time.time() - began),
         )
         if held_rows and run.evaluates(step):
             numbers, outputs = evaluate(model, held_rows, config, device)
@@ -277,13 +306,11 @@ def main(config):
             show(held_rows, outputs, dataset.held_out, step, run.log)
         if run.is_last(step):
             fit_normalisation(reward, rows, config, device)
-            if held_rows and metrics.at_chance(numbers["eval_accuracy"], numbers["eval_pairs"]):
-                run.log.warn(
-                    f"at chance: {numbers['eval_accuracy']:.3f} of {numbers['eval_pairs']} "
-                    "held-out pairs could be a coin's"
-                )
-        run.save_if_due(step, lambda: hub.save_reward_model(Path(config.out) / "model", reward))
-    print(f"done: {Path(config.out) / 'model'}")
+            if held_rows:
+                warn_at_chance(numbers["eval_accuracy"], numbers["eval_pairs"], run.log)
+        # after a signal: saves, then ends the run by an exception
+        run.save_or_stop(step, lambda: hub.save_reward_model(model_folder, reward))
+    print(f"done: {model_folder}")
 
 
 if __name__ == "__main__":

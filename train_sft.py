@@ -1,7 +1,10 @@
-"""Stage 1: a supervised policy. All responses of a prompt are one row; the loss is on response tokens and EOS alone.
+"""Stage 1: a supervised policy.
 
     python train_sft.py --data FairytaleQAData --init SmolLM2-135M --out runs/sft --steps 200
-    torchrun --nproc_per_node=8 train_sft.py ...     the same on eight GPUs: same groups per step, same update
+    torchrun --nproc_per_node=8 train_sft.py ...
+
+All responses of a prompt are one row; the loss is on response tokens and EOS alone. On eight GPUs
+the groups per step and the update are the same as on one.
 """
 import time
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from nanorlhf.run import dist, optim, precision, run_folder, speed
 from nanorlhf.run.cli import COMMON_BOUNDS, InputError, check_bounds, context_limit, run_script
 from nanorlhf.run.kernels import choose_kernels
 from nanorlhf.run.log import header
-from nanorlhf.run.training_run import TrainingRun, describe_dropped, describe_numbers, describe_step
+from nanorlhf.run.training_run import TrainingRun, describe_run
 
 SCRIPT = "train_sft"
 PROGRESS = ("loss", "grad_norm", "tokens_per_second", "mfu", "seconds")       # on the progress line
@@ -36,8 +39,10 @@ SAMPLE_TOKENS = 48
 
 @dataclass(frozen=True)
 class Config:
-    data: str              # FairytaleQA or HH folder, groups JSONL, or a folder with train.jsonl and val.jsonl
-    init: str              # model folder, or a size for random weights: gpt2 ... llama-7b ... gpt2-nano, llama-nano
+    # FairytaleQA or HH folder, groups JSONL, or a folder with train.jsonl and val.jsonl
+    data: str
+    # model folder, or a size for random weights: gpt2 ... llama-7b ... gpt2-nano, llama-nano
+    init: str
     out: str               # run folder; the same command again resumes
     tokenizer: str = ""    # folder of a tokenizer, for random weights of a real size
     steps: int = 200       # optimizer steps
@@ -46,10 +51,13 @@ class Config:
     max_length: int = 0    # positions of prompt + longest response; 0: the model's context
     lr: float = 5e-5       # learning rate of AdamW
     warmup: int = 10       # steps until the learning rate is reached
-    schedule: Literal["linear", "constant"] = "linear"   # of the learning rate; linear falls towards 0 at the last step
+    # of the learning rate; linear falls towards 0 at the last step
+    schedule: Literal["linear", "constant"] = "linear"
     seed: int = 0          # of weights, order and samples
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"   # of the forward; under bfloat16 weights stay float32
-    compile: bool = False  # torch.compile the blocks, on CUDA with FlexAttention; the first steps then take minutes
+    # of the forward; under bfloat16 the weights that are trained stay float32
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    # torch.compile the blocks, on CUDA with FlexAttention; the first steps then take minutes
+    compile: bool = False
     activation_checkpointing: bool = False     # less memory, a third more work
     device: str = "auto"   # cpu, cuda, cuda:1; auto takes CUDA where there is one
     eval_every: int = 50   # steps between evaluations
@@ -68,24 +76,23 @@ def evaluate(policy, rows, config, device):
     return sum(dist.all_gather_object(loss))
 
 
-def show(policy, tokenizer, rows, prompts, step, config, log):
-    """Continuations of a few held-out prompts at temperature 1, of those that leave room for one."""
+def show(policy, tokenizer, rows, groups, step, config, log):
+    """Continuations of a few held-out prompts that leave room for one, at temperature 1."""
     context = policy.trunk.config.context
     rows = [row for row in rows if len(row.prompt) + SAMPLE_TOKENS <= context][:SAMPLE_PROMPTS]
-    sampling = Sampling(
-        k=1, max_new_tokens=SAMPLE_TOKENS, eos_id=tokenizer.eos_id, seed=config.seed, stream=Stream.EVALUATION
-    )
+    sampling = Sampling(1, SAMPLE_TOKENS, tokenizer.eos_id, config.seed, Stream.EVALUATION)
     with precision.autocast(policy, config.dtype):
         indices = [row.index for row in rows]
         responses = generate(policy.trunk, [row.prompt for row in rows], indices, sampling, step)
     for index, (ids,) in zip(indices, responses):
-        log.text(step, prompts[index], tokenizer.decode(ids))
+        log.text(step, groups[index].prompt, tokenizer.decode(ids))
 
 
 def main(config):
     check_bounds(config, **COMMON_BOUNDS)
     device = dist.setup(config.device, config.seed)
     resuming = run_folder.resumable(config, SCRIPT)
+    model_folder = Path(config.out) / "model"
 
     # data
     dataset = data.load(config.data)
@@ -105,15 +112,13 @@ def main(config):
     choose_kernels(trunk, device, config.dtype, config.compile, config.activation_checkpointing)
     optimizer = optim.adamw(policy, config.lr)
     meter = speed.Meter(trunk, device, config.dtype, dist.world_size())
+    num_responses = sum(len(row.responses) for row in rows)
     header(
         "train_sft: a supervised policy",
         model=f"{speed.describe_model(trunk, policy)}, {source}, context {trunk.config.context}",
-        data=f"{dataset.source}: {len(rows)} groups, {sum(len(row.responses) for row in rows)} responses "
-             f"to train on, {len(held_rows)} groups held out",
-        dropped=describe_dropped(dropped),
-        step=describe_step(config, rows),
-        numbers=describe_numbers(config, device, optimizer),
-        machine=meter,
+        data=f"{dataset.source}: {len(rows)} groups, {num_responses} responses to train on, "
+             f"{len(held_rows)} groups held out",
+        **describe_run(config, rows, dropped, device, optimizer, meter),
         loss="mean over response tokens and EOS of the whole step",
     )
     run = TrainingRun(config, SCRIPT, policy, optimizer, config.init, PROGRESS, resuming)
@@ -124,7 +129,8 @@ def main(config):
         began = time.time()
         step_rows = [rows[i] for i in batch_indices(len(rows), config.groups, step, config.seed)]
         plan = plan_micro_batches(step_rows, config.max_tokens, dist.world_size())
-        num_tokens = sum(row.num_response_tokens for row in step_rows)   # of all processes: no mean of means
+        # of the whole step, on all processes: no mean of means
+        num_tokens = sum(row.num_response_tokens for row in step_rows)
 
         micro_losses = []
         for batch in prefetch(step_rows, plan[dist.rank()], device):
@@ -135,22 +141,26 @@ def main(config):
         dist.all_reduce_gradients(policy)
         grad_norm = optim.gradient_norm(policy)
 
-        gathered_losses, norms = zip(*dist.all_gather_object([micro_losses, grad_norm.item()]))     # per process
+        # per process
+        gathered_losses, norms = zip(*dist.all_gather_object([micro_losses, grad_norm.item()]))
         lr = optim.learning_rate(config.lr, step, config.steps, config.schedule, config.warmup)
         if run.guard.all_finite(step, step_rows, plan, gathered_losses, norms):
             optim.update(policy, optimizer, lr, grad_norm)
 
-        memory_gb = run.poll(device)
-        flops = 3 * speed.forward_flops(trunk, step_rows, head=True)   # the backward is two forwards' work
+        memory_gb = run.poll_signals(device)     # SIGTERM, Ctrl-C: see save_or_stop below
+        # the backward is two forwards' work
+        flops = 3 * speed.forward_flops(trunk, step_rows, head=True)
         run.log.step(
-            step, loss=sum(map(sum, gathered_losses)), lr=lr, grad_norm=norms[0], skipped=run.guard.skipped,
-            memory_gb=memory_gb, **meter(step_rows, plan, flops, time.time() - began),
+            step, loss=sum(map(sum, gathered_losses)), lr=lr, grad_norm=norms[0],
+            skipped=run.guard.skipped, memory_gb=memory_gb,
+            **meter(step_rows, plan, flops, time.time() - began),
         )
         if held_rows and run.evaluates(step):
             run.log.eval(step, eval_loss=evaluate(policy, held_rows, config, device))
-            show(policy, tokenizer, held_rows, [group.prompt for group in held_out], step, config, run.log)
-        run.save_if_due(step, lambda: hub.save_policy(Path(config.out) / "model", policy, tokenizer))
-    print(f"done: {Path(config.out) / 'model'}")
+            show(policy, tokenizer, held_rows, held_out, step, config, run.log)
+        # after a signal: saves, then ends the run by an exception
+        run.save_or_stop(step, lambda: hub.save_policy(model_folder, policy, tokenizer))
+    print(f"done: {model_folder}")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def draw(sweeps, path):
 
 
 def main(config):
-    check_bounds(config, runs=(1, None))
+    check_bounds(config, runs=1)
     if config.point:
         print(json.dumps(step_figures(**json.loads(config.point))))
         return

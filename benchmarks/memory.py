@@ -3,7 +3,8 @@
     python -m benchmarks.memory                       the table; some 5 GB for a few layers of the real widths
     python -m benchmarks.memory --measure true        the scripts with GPT-2 124M in float32 on a CPU, beside the same calculation
 
-Weights, gradients and moments are counted from the models' shapes. What the backward keeps is measured: every tensor that a forward over two and
+Weights, gradients and moments are counted from the models' shapes; frozen models under bfloat16 hold their blocks' matrices in bfloat16
+(nanorlhf/run/precision.py). What the backward keeps is measured: every tensor that a forward over two and
 three layers saves, at two lengths, gives the bytes a layer and column; the rest is multiplication. GB are 2^30 bytes.
 """
 import contextlib
@@ -23,7 +24,8 @@ from nanorlhf.io import hub, tokenizer
 from nanorlhf.run import precision
 from nanorlhf.run.cli import check_bounds, run_script
 
-TRAINED, FROZEN, GB = 16, 4, 2**30       # bytes a parameter: weight, gradient and two moments in float32; a weight alone
+TRAINED = 16                 # bytes per trained parameter: weight, gradient and two moments in float32
+GB = 2**30
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -41,6 +43,14 @@ def parameters(family, config, head=True):
     with torch.device("meta"):
         trunk = family(config)
     return sum(p.numel() for name, p in trunk.named_parameters() if head or not name.startswith("lm_head"))
+
+
+def frozen_bytes(family, config, dtype, head=True):
+    """Bytes of a model that is not trained, on the device, as the scripts freeze it."""
+    with torch.device("meta"):
+        model = RewardModel(family(config))
+    trunk = precision.freeze(model, torch.device("meta"), dtype).trunk
+    return sum(p.nbytes for name, p in trunk.named_parameters() if head or not name.startswith("lm_head"))
 
 
 def with_layers(config, n):
@@ -86,8 +96,8 @@ def kept(family, config, dtype, columns, activation_checkpointing):
 
 
 def stage(name, trained, frozen, backward, logits):
-    """A line of the table, in GB. In the backward everything is there at once, so that the sum is what a process needs at most."""
-    parts = {"weights, gradients, moments": TRAINED * trained, "frozen weights": FROZEN * frozen, "kept for the backward": backward, "logits": logits}
+    """A line of the table, in GB, from trained parameters and bytes of the rest. In the backward everything is there at once, so that the sum is what a process needs at most."""
+    parts = {"weights, gradients, moments": TRAINED * trained, "frozen weights": frozen, "kept for the backward": backward, "logits": logits}
     return {"stage": name, **{key: value / GB for key, value in parts.items()}, "sum": sum(parts.values()) / GB}
 
 
@@ -96,7 +106,8 @@ def stages(policy, reward, dtype, max_tokens, activation_checkpointing=False):
     wide = 3 * 4 * LOGITS_CHUNK * policy[1].vocab_size          # one chunk's logits, their softmax and gradient in float32
     p, r = parameters(*policy), parameters(*reward, head=False)
     own, theirs = (kept(*model, dtype, max_tokens, activation_checkpointing) for model in (policy, reward))
-    return [stage("train_sft.py", p, 0, own, wide), stage("train_rm.py", r, 0, theirs, 0), stage("train_ppo.py", p, p + r, own, wide)]
+    frozen = frozen_bytes(*policy, dtype) + frozen_bytes(*reward, dtype, head=False)
+    return [stage("train_sft.py", p, 0, own, wide), stage("train_rm.py", r, 0, theirs, 0), stage("train_ppo.py", p, frozen, own, wide)]
 
 
 def show(lines):
@@ -120,7 +131,7 @@ def measured(config):
         common = ["--data", "data.jsonl", "--max_tokens", str(config.max_tokens), "--groups", "16", "--steps", "2", "--device", "cpu", "--eval_every", "9"]
         runs = {"train_sft.py": ["--init", "policy"], "train_rm.py": ["--init", "policy"],
                 "train_ppo.py": ["--policy", "policy", "--reward", "train_rm.py-run", "--max_new_tokens", "32", "--minibatches", "1", "--epochs", "1"]}
-        idle = "from nanorlhf import speed; import torch, train_ppo; torch.randn(64, 64) @ torch.randn(64, 64); print(speed.peak_memory(torch.device('cpu')))"
+        idle = "from nanorlhf.run import speed; import torch, train_ppo; torch.randn(64, 64) @ torch.randn(64, 64); print(speed.peak_memory(torch.device('cpu')))"
         base = float(subprocess.run([sys.executable, "-c", idle], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
         found = {}
         for script, flags in runs.items():
@@ -131,7 +142,7 @@ def measured(config):
 
 
 def main(config):
-    check_bounds(config, max_tokens=(512, None))
+    check_bounds(config, max_tokens=512)
     if config.measure:
         small = (gpt2.GPT2, gpt2.SIZES["gpt2"])
         took = measured(config)

@@ -77,7 +77,7 @@ class Row:
 
 def python_of(config, environment):
     """Checks the flags.  -> the interpreter of the peer's environment, or None where ours alone is run"""
-    check_bounds(config, runs=(1, None), steps=(2, None))
+    check_bounds(config, runs=1, steps=2)
     if not config.data or not Path(config.data).is_dir():
         raise InputError(f"--data {config.data or '(none)'}: no such folder; it (or NANORLHF_DATA) holds FairytaleQAData, hh-rlhf, tokenizers")
     if not config.peers:

@@ -22,7 +22,7 @@ class Config:
 
 
 def main(config):
-    check_bounds(config, before=(1e-3, None))
+    check_bounds(config, before=1e-3)
     with bench.work_folder() as work:            # fresh: a study that is there would go on
         began = time.perf_counter()
         with open(work / "log", "w") as log:

@@ -64,8 +64,8 @@ def table(rows):
     """Markdown, a line a row, and below it what the figures were taken on."""
     lines, taken = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"], {}
     for row in rows:
-        seconds = lambda side: f"{row[f'{side}_seconds']:.3g}" + (" ({:.3g} to {:.3g})".format(*row[f"{side}_spread"]) if f"{side}_spread" in row else "")
-        both = lambda form, *names: ", ".join(form.format(row[name]) for name in names if row.get(name) is not None)
+        seconds = lambda side, row=row: f"{row[f'{side}_seconds']:.3g}" + (" ({:.3g} to {:.3g})".format(*row[f"{side}_spread"]) if f"{side}_spread" in row else "")
+        both = lambda form, *names, row=row: ", ".join(form.format(row[name]) for name in names if row.get(name) is not None)
         cells = (row["work"], row["against"], f"**{row['ratio']:.3g}**", f"{row['goal']:g}", seconds("ours"), seconds("peer"),
                  f"{row['per_second']:.3g} {row['unit']}" if "per_second" in row else "", both("{:.2f}", "share", "peer_share"),
                  both("{:.0%}", "padding", "peer_padding"), both("{:.1f}", "ours_memory_gb", "peer_memory_gb"))

@@ -1,4 +1,6 @@
-"""Attention over rows: who sees whom, the KV cache, and how rows lie in memory. GPT-2 and LLaMA import this file alone.
+"""Attention over rows: which column sees which, the KV cache, and how rows lie in memory.
+
+GPT-2 and LLaMA import this file alone.
 
     columns      p p p p p p  a a a  b b b b  c c  _ _          p prompt, a b c responses, _ padding
     branch       0 0 0 0 0 0  1 1 1  2 2 2 2  3 3 -1-1
@@ -19,23 +21,24 @@ from torch.utils.checkpoint import checkpoint
 FLEX_BLOCK = 128                 # FlexAttention computes columns by the block
 
 
-def prefix_mask(query_branch: Tensor, key_branch: Tensor, offset: int | Tensor | None = None) -> Tensor:
-    """Who sees whom: column i sees column j <= i if j is the prompt's or of i's own branch.
+def prefix_mask(
+    query_branch: Tensor, key_branch: Tensor, offset: int | Tensor = 0
+) -> Tensor:
+    """Which column sees which: i sees j <= i if j is the prompt's or of i's own branch.
 
     query_branch (B,T), key_branch (B,S)  ->  (B,1,T,S) bool
-    offset: the queries are the columns offset .. offset + T - 1; default: the last T of the S.
-    What padding sees does not matter, because nothing sees padding. It sees itself, since an empty softmax is NaN.
+    offset: the queries are the columns offset .. offset + T - 1 of the S.
+    What padding sees does not matter, because nothing sees padding. It sees itself, since an empty
+    softmax is NaN.
     """
-    T = query_branch.shape[1]
-    S = key_branch.shape[1]
-    column = torch.arange(S, device=key_branch.device)
-    causal = column <= column[:T, None] + (S - T if offset is None else offset)
+    column = torch.arange(key_branch.shape[1], device=key_branch.device)
+    causal = column <= column[: query_branch.shape[1], None] + offset
     same_branch = (key_branch[:, None] == 0) | (key_branch[:, None] == query_branch[:, :, None])
     return (causal & same_branch)[:, None]
 
 
 class KVCache:
-    """Keys and values of the columns so far, with their branches: room for `max_columns` columns of B rows.
+    """Keys and values of the columns so far, with their branches: room for `max_columns` per row.
 
     static: what a CUDA graph needs, which repeats its kernels on the same memory. The length is
     counted on the device, and the whole room is read: a column not yet written has branch -1,
@@ -52,7 +55,10 @@ class KVCache:
         self.static = static
 
     def append(self, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in T more columns per row.  branch (B,T)  ->  their slots: row and column, (B*T,) each"""
+        """Takes in T more columns per row.
+
+        branch (B,T)  ->  their slots: row and column, (B*T,) each
+        """
         rows, T = branch.shape
         row = torch.arange(rows, device=branch.device).repeat_interleave(T)
         column = (self.length + torch.arange(T, device=branch.device)).repeat(rows)
@@ -65,8 +71,8 @@ class KVCache:
         """-> branch (B,S) of the columns that `read` gives"""
         return self.branch if self.static else self.branch[:, : self.used]
 
-    def write(self, layer: int, slots: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor):
-        """key, value (n,G,d) of one layer, to the slots that `append` gave; None: the last columns of each row."""
+    def write(self, layer: int, slots: tuple | None, key: Tensor, value: Tensor):
+        """key, value (n,G,d) of one layer, to the slots of `append`; None: the last columns."""
         rows, max_columns = self.branch.shape
         n, G, d = key.shape
         if self.keys is None:
@@ -93,16 +99,20 @@ class KVCache:
 
 
 class Layout:
-    """How the columns of one forward lie in memory, and what each of them sees. Made once per forward; every layer uses it.
+    """How the columns of one forward lie in memory, and what each of them sees.
 
-    Without a cache, and for the prompts that fill one (prefill), rows lie end to end without their
-    padding. A decoding step adds the same few columns to each row of the cache, none of them padding.
+    Made once per forward, where the kernel is chosen too; every layer uses it. Without a cache, and
+    for the prompts that fill one (prefill), rows lie end to end without their padding. A decoding
+    step adds the same few columns to each row of the cache, none of them padding.
 
-    lengths: columns of each row that are no padding, where the host knows them and padding is on the
-    right; None: the device is asked.  flex: FlexAttention over all rows at once instead of a mask per row.
+    cache: the T columns stand behind those it holds, and are added to it.
+    lengths: columns of each row that are no padding, where the host knows them and padding is on
+    the right; None: the device is asked.  flex: FlexAttention over all rows, not a mask per row.
     """
 
-    def __init__(self, branch: Tensor, cache: KVCache | None, lengths: list[int] | None, flex: bool):
+    def __init__(
+        self, branch: Tensor, cache: KVCache | None, lengths: list[int] | None, flex: bool
+    ):
         self.shape = branch.shape
         self.cache = cache
         self.index = None                        # (n,) of the columns kept among B*T; None: all are
@@ -116,18 +126,20 @@ class Layout:
         else:                                    # decode
             slots = cache.append(branch)
             self.slots = slots if cache.static else None       # a slice is quicker than indices
-            self.mask = prefix_mask(branch, cache.visible_branch(), cache.length - branch.shape[1])
+            start = cache.length - branch.shape[1]
+            self.mask = prefix_mask(branch, cache.visible_branch(), start)
             self.kernel = self._cached
 
-    def _unpad(self, branch: Tensor, lengths: list[int] | None, flex: bool):
-        """Finds the columns that are no padding, and makes the mask of each row, or FlexAttention's of all."""
+    def _unpad(self, branch, lengths, flex):
+        """Finds the columns that are no padding, and makes the masks."""
         B, T = branch.shape
         if lengths is None:
             is_token = branch >= 0
             self.index = is_token.flatten().nonzero().squeeze(1)
             lengths = is_token.sum(1).tolist()
         else:
-            rows = [torch.arange(b * T, b * T + n, device=branch.device) for b, n in enumerate(lengths)]
+            starts = range(0, B * T, T)
+            rows = [torch.arange(b, b + n, device=branch.device) for b, n in zip(starts, lengths)]
             self.index = torch.cat(rows)
         self.n = len(self.index)
         if flex:
@@ -137,9 +149,11 @@ class Layout:
         self.masks = [prefix_mask(row[None], row[None]) for row in rows]
         self.kernel = self._row_by_row
 
-    def _block_mask(self, branch: Tensor):
-        """FlexAttention's mask, which skips the blocks where nothing is seen. It wants n in whole blocks: the last column
-        is repeated. The copies belong to no row and see each other, since an empty softmax is NaN.
+    def _block_mask(self, branch):
+        """FlexAttention's mask, which skips the blocks where nothing is seen.
+
+        It wants n in whole blocks: the last column is repeated. The copies belong to no row and see
+        each other, since an empty softmax is NaN.
         """
         pad = -self.n % FLEX_BLOCK
         row = F.pad(self.index // branch.shape[1], (0, pad), value=-1)
@@ -161,7 +175,7 @@ class Layout:
         return x if self.index is None else x[self.index]
 
     def find(self, at: Tensor | None) -> Tensor | None:
-        """Where the columns `at` (m,), indices into B*T, lie among the columns kept.  -> (m,)"""
+        """Where the columns `at` (m,), indices into all B*T, lie among those kept.  -> (m,)"""
         if at is None or self.index is None:
             return at
         return torch.searchsorted(self.index, at).clamp(max=len(self.index) - 1)
@@ -200,9 +214,10 @@ class Layout:
         return columns_first(kernel(q, k, v, block_mask=self.mask, enable_gqa=grouped))
 
     def _cached(self, query, key, value, layer):
-        """T new columns per row attend to the cache, written out: a fused kernel takes longer to call than these few
-        queries to compute. The H / G query heads of a key head stand side by side with the T columns,
-        so nothing is copied.
+        """T new columns per row attend to the cache.
+
+        Written out: a fused kernel takes longer to call than these few queries to compute. The H /
+        G query heads of a key head stand side by side with the T columns, so nothing is copied.
         """
         B, _, T, _ = self.mask.shape
         key, value = self.cache.read(layer)
@@ -228,14 +243,20 @@ def columns_first(x: Tensor) -> Tensor:
 
 @functools.cache
 def compiled(function: Callable, device: str) -> Callable:
-    """A part of FlexAttention, compiled on CUDA alone: elsewhere it has no kernel for training, and writes out every pair."""
+    """A part of FlexAttention, compiled on CUDA alone.
+
+    Elsewhere it has no kernel for training, and writes out every pair of columns.
+    """
     return torch.compile(function, dynamic=True) if device == "cuda" else function
 
 
-def run_block(block: nn.Module, *inputs, cached: bool, activation_checkpointing: bool) -> Tensor:
+def run_block(
+    block: nn.Module, *inputs, cached: bool, activation_checkpointing: bool
+) -> Tensor:
     """One layer. activation_checkpointing: the backward computes it again, from its inputs alone.
 
-    A compiled block is for training: in a decoding step it would cast every weight anew under autocast.
+    A compiled block is for training: in a decoding step it would cast every weight anew under
+    autocast.
     """
     forward = block.forward if cached else block
     if activation_checkpointing and torch.is_grad_enabled():

@@ -2,17 +2,16 @@
 
     columns      p p p p p p  a a a  b b b b  c c  _ _          p prompt, a b c responses, _ padding
     branch       0 0 0 0 0 0  1 1 1  2 2 2 2  3 3 -1-1
-    positions    0 1 2 3 4 5  6 7 8  6 7 8 9  6 7  0 0          each response continues where the prompt ended
+    positions    0 1 2 3 4 5  6 7 8  6 7 8 9  6 7  0 0          a response follows the prompt
 
 First a plan, in integers that can be printed and tested: which rows make a step, which process has
 them, which share a micro-batch. Then tensors: `pack_rows`. Then the device: `prefetch`.
 
 B rows (groups), K responses per group, R response tokens, T columns, M target values.
 """
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 
 import numpy as np
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .io.data import Group, derive_labels
-from .io.read import InputError
 
 
 class Stream(IntEnum):
@@ -57,7 +55,7 @@ class Batch:
     tokens: Tensor                       # (B,T) int64
     positions: Tensor                    # (B,T) int64
     branch: Tensor                       # (B,T) int64: 0 prompt, k = 1 .. K response k, -1 padding
-    lengths: list[int] | None            # columns of each row, padding is on the right; stays on the host
+    lengths: list[int] | None            # columns of each row, padding on the right; on the host
     responses: Tensor                    # (B,K,R) int64, padded on the right
     response_mask: Tensor                # (B,K,R) bool: true on response tokens
     logit_index: Tensor                  # (B,K,R) int64: the column whose logits predict this token
@@ -71,21 +69,21 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lengths"}
 
-    def to(self, device, **options) -> "Batch":
-        moved = {name: tensor.to(device, **options) for name, tensor in self.tensors().items()}
-        return Batch(lengths=self.lengths, **moved)
+    def map(self, function) -> "Batch":
+        """Applies `function` to every tensor."""
+        return replace(self, **{name: function(x) for name, x in self.tensors().items()})
 
-    def pin_memory(self) -> "Batch":
-        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
-        return Batch(lengths=self.lengths, **pinned)
+    def to(self, device, **options) -> "Batch":
+        return self.map(lambda tensor: tensor.to(device, **options))
 
 
 # ------------------------------------------------------------------------------ text to integers
 
 def encode(group: Group, tokenizer, index=0, labels="auto", target="label") -> Row:
-    """A group of text -> Row. Prompt and responses are encoded apart; EOS follows a response that ended.
+    """A group of text -> Row.
 
-    labels, target: which judgements of the group become places, labels and targets, see data.derive_labels.
+    Prompt and responses are encoded apart; EOS follows a response that ended.
+    labels, target: which judgements of the group become places, labels and targets.
     """
     responses = [tokenizer.encode(r.text) + [tokenizer.eos_id] * r.ended for r in group.responses]
     row = Row(tokenizer.encode_prompt(group.prompt), responses, index)
@@ -105,8 +103,9 @@ def encode_all(
     """Encodes and fits groups into max_length positions, with room for max_new_tokens.
 
     -> (rows, how many were dropped or cut, by reason)
-    A dialogue's prompt loses its beginning, so that the longest response fits whole; a passage that is too long, or a
-    response that alone fills the context, is dropped. The end of a response is never cut.
+    A dialogue's prompt loses its beginning, so that the longest response fits whole; a passage that
+    is too long, or a response that alone fills the context, is dropped. The end of a response is
+    never cut.
     """
     rows = []
     drop_reasons = Counter()
@@ -156,10 +155,11 @@ def longest_first(num_tokens: list[int]) -> list[int]:
 
 
 def micro_batches(num_tokens: list[int], max_tokens: int, padded: bool = False) -> list[list[int]]:
-    """Splits rows into micro-batches of at most max_tokens columns; rows of like length go together.
+    """Splits rows into micro-batches of at most max_tokens columns, like lengths together.
 
-    num_tokens: of each row;  padded: each counts as the longest of its micro-batch, as where a cache gives all the same
-    room  ->  list of lists of indices into `num_tokens`. A row longer than max_tokens is alone.
+    num_tokens: of each row;  padded: each counts as the longest of its micro-batch, as where a
+    cache gives all the same room  ->  lists of indices into `num_tokens`.
+    A row longer than max_tokens is alone.
     """
     batches = []
     total = 0
@@ -175,7 +175,7 @@ def micro_batches(num_tokens: list[int], max_tokens: int, padded: bool = False) 
 
 
 def partition(num_tokens: list[int], processes: int) -> list[list[int]]:
-    """Whole rows for each process, balanced by columns: the longest first, each to the process that has least.
+    """Whole rows for each process: the longest first, each to the process that has fewest columns.
 
     -> a sorted list of indices per process
     """
@@ -188,8 +188,13 @@ def partition(num_tokens: list[int], processes: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def plan_micro_batches(rows: list[Row], max_tokens: int, processes: int) -> list[list[list[int]]]:
-    """A step's micro-batches, per process.  -> plan[process][micro-batch] = indices into `rows`; a process may have none"""
+def plan_micro_batches(
+    rows: list[Row], max_tokens: int, processes: int
+) -> list[list[list[int]]]:
+    """A step's micro-batches, per process.
+
+    -> plan[process][micro_batch] = indices into `rows`; a process may have none
+    """
     num_tokens = [row.num_tokens for row in rows]
     plan = []
     for share in partition(num_tokens, processes):
@@ -200,69 +205,61 @@ def plan_micro_batches(rows: list[Row], max_tokens: int, processes: int) -> list
 
 # ---------------------------------------------------------------------------- integers to tensors
 
-def pack(groups: list[Group], tokenizer, context: int | None = None, **label_options) -> Batch:
-    """Groups of text -> Batch, in the order given. Raises InputError for a group that does not fit `context` positions."""
-    rows, drop_reasons = encode_all(groups, tokenizer, context or sys.maxsize, **label_options)
-    if len(rows) < len(groups):
-        problems = [f"{n} of {len(groups)} groups: {reason}" for reason, n in drop_reasons.items()]
-        raise InputError("; ".join(problems))
-    return pack_rows(rows)
-
-
 def pack_rows(rows: list[Row]) -> Batch:
-    """Rows -> Batch. Groups may have different K, prompts and responses any length; an absent response is not `valid`."""
+    """Rows -> Batch.
+
+    Groups may have different K, prompts and responses any length; an absent response is not
+    `valid`.
+    """
     B = len(rows)
     T = max(row.num_tokens for row in rows)
     K = max(1, max(len(row.responses) for row in rows))
     R = max([1] + [len(response) for row in rows for response in row.responses])
     M = max([1] + [len(targets) for row in rows for targets in row.targets])
-    tokens = np.zeros((B, T), np.int64)
-    positions = np.zeros((B, T), np.int64)
-    branch = np.full((B, T), -1)
-    responses = np.zeros((B, K, R), np.int64)
-    response_mask = np.zeros((B, K, R), bool)
-    logit_index = np.zeros((B, K, R), np.int64)
-    last_index = np.zeros((B, K), np.int64)
-    valid = np.zeros((B, K), bool)
-    place = np.zeros((B, K), np.float32)
-    label = np.full((B, K), -1)
-    targets = np.zeros((B, K, M), np.float32)
-    target_mask = np.zeros((B, K, M), bool)
+    batch = Batch(                       # of numpy arrays first: their slices are quick to fill
+        tokens=np.zeros((B, T), np.int64),
+        positions=np.zeros((B, T), np.int64),
+        branch=np.full((B, T), -1),
+        lengths=[row.num_tokens for row in rows],
+        responses=np.zeros((B, K, R), np.int64),
+        response_mask=np.zeros((B, K, R), bool),
+        logit_index=np.zeros((B, K, R), np.int64),
+        last_index=np.zeros((B, K), np.int64),
+        valid=np.zeros((B, K), bool),
+        place=np.zeros((B, K), np.float32),
+        label=np.full((B, K), -1),
+        targets=np.zeros((B, K, M), np.float32),
+        target_mask=np.zeros((B, K, M), bool),
+    )
     for b, row in enumerate(rows):
         P = end = len(row.prompt)
-        tokens[b, :P] = row.prompt
-        positions[b, :P] = np.arange(P)
-        branch[b, :P] = 0
+        batch.tokens[b, :P] = row.prompt
+        batch.positions[b, :P] = np.arange(P)
+        batch.branch[b, :P] = 0
         for k, response in enumerate(row.responses):
             n = len(response)
             start, end = end, end + n
-            tokens[b, start:end] = response
-            positions[b, start:end] = np.arange(P, P + n)
-            branch[b, start:end] = k + 1
-            responses[b, k, :n] = response
-            response_mask[b, k, :n] = True
+            batch.tokens[b, start:end] = response
+            batch.positions[b, start:end] = np.arange(P, P + n)
+            batch.branch[b, start:end] = k + 1
+            batch.responses[b, k, :n] = response
+            batch.response_mask[b, k, :n] = True
             # the last prompt token predicts the first token of each response
-            logit_index[b, k, :n] = [P - 1, *range(start, end - 1)]
+            batch.logit_index[b, k, :n] = [P - 1, *range(start, end - 1)]
             # an empty response ends where the prompt does, not in its neighbour
-            last_index[b, k] = end - 1 if n else P - 1
-            valid[b, k] = True
-        for k, value in enumerate(row.place):
-            place[b, k] = value
-        for k, value in enumerate(row.label):
-            label[b, k] = -1 if value is None else value
+            batch.last_index[b, k] = end - 1 if n else P - 1
+            batch.valid[b, k] = True
+        batch.place[b, :len(row.place)] = row.place
+        batch.label[b, :len(row.label)] = [-1 if y is None else y for y in row.label]
         for k, values in enumerate(row.targets):
-            targets[b, k, :len(values)] = values
-            target_mask[b, k, :len(values)] = True
-    arrays = dict(
-        tokens=tokens, positions=positions, branch=branch, responses=responses, response_mask=response_mask,
-        logit_index=logit_index, last_index=last_index, valid=valid, place=place, label=label,
-        targets=targets, target_mask=target_mask,
-    )
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Batch(lengths=[row.num_tokens for row in rows], **tensors)
+            batch.targets[b, k, :len(values)] = values
+            batch.target_mask[b, k, :len(values)] = True
+    return batch.map(torch.from_numpy)
 
 
-def prefetch(rows: list[Row], plan: list[list[int]], device: torch.device) -> Iterator[Batch]:
+def prefetch(
+    rows: list[Row], plan: list[list[int]], device: torch.device
+) -> Iterator[Batch]:
     """Micro-batch after micro-batch of a plan, on the device.
 
     On CUDA the next one is copied, from pinned memory, while this one is computed.
@@ -276,7 +273,7 @@ def prefetch(rows: list[Row], plan: list[list[int]], device: torch.device) -> It
     waiting = None
     for batch in packed:
         with torch.cuda.stream(stream):
-            batch = batch.pin_memory().to(device, non_blocking=True)
+            batch = batch.map(Tensor.pin_memory).to(device, non_blocking=True)
             copied = stream.record_event()
         if waiting:
             yield _wait_for_copy(*waiting, device)
@@ -285,8 +282,11 @@ def prefetch(rows: list[Row], plan: list[list[int]], device: torch.device) -> It
         yield _wait_for_copy(*waiting, device)
 
 
-def _wait_for_copy(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
-    """The computing stream waits for the copy, and the allocator learns that this stream uses the tensors too."""
+def _wait_for_copy(batch, copied, device):
+    """The computing stream waits for the copy.
+
+    record_stream: the allocator learns that this stream uses the tensors too.
+    """
     current = torch.cuda.current_stream(device)
     current.wait_event(copied)
     for tensor in batch.tensors().values():

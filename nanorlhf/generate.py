@@ -1,9 +1,9 @@
-"""K samples of each prompt. Prefill: the prompt is computed once, and its keys and values are stored once per group.
-Decode: its row grows by K columns at a time, one per sample, under the same rule of who sees whom as in
-training (attention.prefix_mask).
+"""K samples of each prompt. Prefill: the prompt is computed once, and its keys and values are
+stored once per group. Decode: its row grows by K columns at a time, one per sample, under the same
+rule of who sees whom as in training (attention.prefix_mask).
 
-Every draw is a function of (seed, stream, step, index of the prompt, sample): no generator has a state to
-save, and a sample of a prompt does not depend on which other prompts are in the batch.
+Every draw is a function of (seed, stream, step, index of the prompt, sample): no generator has a
+state to save, and a sample of a prompt does not depend on which other prompts are in the batch.
 
 B prompts, K samples each, R new tokens at most, P prompt columns, V vocabulary.
 """
@@ -45,9 +45,10 @@ def uniforms(seed: int, stream: int, step: int, index: int, sample: int, n: int)
 def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     """Probabilities to draw from, float64, summing to 1 over token ids.  (...,V) -> (...,V)
 
-    top_p keeps the fewest most likely tokens that hold at least top_p of the mass. No sort unless it is asked for.
+    top_p keeps the fewest most likely tokens that hold at least top_p of the mass. No sort unless
+    it is asked for.
     """
-    assert temperature > 0 and top_p > 0, (temperature, top_p)         # top_p 0 would keep no token: 0 / 0
+    assert temperature > 0 and top_p > 0, (temperature, top_p)   # top_p 0 keeps no token: 0 / 0
     scaled = logits if temperature == 1 else logits.double() / temperature
     probs = torch.softmax(scaled, -1, dtype=torch.float64)
     if top_p < 1:
@@ -59,33 +60,36 @@ def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return probs
 
 
-def sample_next_token(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Inverse CDF over token ids: the first token whose cumulated probability exceeds u. temperature 0: the likeliest.
+def sample_next_token(
+    logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0
+) -> Tensor:
+    """Inverse CDF over token ids: the first token whose cumulated probability exceeds u.
 
+    temperature 0 takes the likeliest.
     logits (...,V);  u (...) float64 in [0, 1)  ->  token ids (...)
     Not torch.multinomial: its draws would depend on the other prompts of the batch.
     """
     if temperature == 0:
         return logits.argmax(-1)
     cdf = distribution(logits, temperature, top_p).cumsum(-1)
-    total = cdf[..., -1:]                                              # rounding may leave it short of u
+    total = cdf[..., -1:]                                        # rounding may leave it below u
     below_total = torch.nextafter(total, total - 1)
     u = torch.minimum(u.unsqueeze(-1), below_total)
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
 
+@dataclass
 class Decoder:
     """B prompts with K samples each on one KV cache. `tokens` (B,K) are the newest of each sample.
 
     decode_step works in place, since a CUDA graph repeats it as it is.
     """
 
-    def __init__(self, model: nn.Module, u: Tensor, temperature: float, top_p: float, static_cache: bool):
-        self.model = model
-        self.u = u                               # (B,K,R) float64, the draws
-        self.temperature = temperature
-        self.top_p = top_p
-        self.static_cache = static_cache
+    model: nn.Module
+    u: Tensor                    # (B,K,R) float64, the draws
+    temperature: float
+    top_p: float
+    static_cache: bool
 
     def prefill(self, prompts: list[list[int]]):
         """All prompts in one forward, padded on the right, and the first token of each sample."""
@@ -103,7 +107,7 @@ class Decoder:
         self.prompt_lengths = torch.tensor(lengths, device=device)                 # (B,)
         self.sample_branch = torch.arange(1, K + 1, device=device).expand(B, K)
         self.cache = self.model.new_cache(B, P + K * (R - 1), self.static_cache)
-        self.t = torch.zeros((), dtype=torch.long, device=device)                  # the newest token's place
+        self.t = torch.zeros((), dtype=torch.long, device=device)    # the newest token's place
         last = torch.arange(B, device=device) * P + self.prompt_lengths - 1
         hidden = self.model.hidden(tokens, positions, branch, self.cache, at=last, lengths=lengths)
         logits = self.model.logits(hidden)[:, None].expand(B, K, -1)               # (B,K,V)
@@ -139,9 +143,11 @@ def generate_batch(
 ) -> tuple[Tensor, Tensor]:
     """Continues each of B prompts K times, up to EOS or R tokens.
 
-    prompts: B lists of ids;  u (B,K,R) float64, the draws  ->  (tokens (B,K,R) int64, lengths (B,K)), EOS included.
-    static_cache: every step on the same memory, as a CUDA graph needs it (default: on CUDA). A sample that has ended
-    then computes on until all have; else until all of its own prompt have, whose row leaves the batch.
+    prompts: B lists of ids;  u (B,K,R) float64, the draws
+    ->  (tokens (B,K,R) int64, lengths (B,K)), EOS included
+    static_cache: every step on the same memory, as a CUDA graph needs it (default: on CUDA). A
+    sample that has ended then computes on until all have; else until all of its own prompt have,
+    whose row then leaves the batch.
     """
     device = next(model.parameters()).device
     static_cache = device.type == "cuda" if static_cache is None else static_cache
@@ -149,7 +155,7 @@ def generate_batch(
     B, K, R = u.shape
     tokens = torch.zeros(B, K, R, dtype=torch.long, device=device)
     lengths = torch.full((B, K), R, device=device)
-    active = torch.arange(B, device=device)                            # prompts with an unfinished sample
+    active = torch.arange(B, device=device)      # prompts with an unfinished sample
     decoder = Decoder(model, u, temperature, top_p, static_cache)
     decoder.prefill(prompts)
     replay = None
@@ -184,7 +190,8 @@ def generate(
     """K responses for each prompt, in batches of at most sampling.max_tokens columns.
 
     -> for each prompt K lists of ids, EOS included
-    ids: each prompt's index in the data;  first_sample: number of the first sample (drawing again takes later numbers).
+    ids: each prompt's index in the data;  first_sample: number of the first sample (drawing again
+    takes later numbers).
     """
     k = sampling.k
     max_new_tokens = sampling.max_new_tokens
@@ -199,7 +206,8 @@ def generate(
                 u[b, s] = uniforms(*address, max_new_tokens)
         with allow_nondeterministic_writes() if on_cuda else contextlib.nullcontext():
             tokens, lengths = generate_batch(
-                model, [prompts[i] for i in batch], u, sampling.eos_id, sampling.temperature, sampling.top_p
+                model, [prompts[i] for i in batch], u, sampling.eos_id,
+                temperature=sampling.temperature, top_p=sampling.top_p,
             )
         tokens, lengths = tokens.tolist(), lengths.tolist()
         for b, i in enumerate(batch):

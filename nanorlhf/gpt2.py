@@ -1,13 +1,16 @@
-"""GPT-2, whole: no library and no base class.  [Radford et al. 2019; the layout is the published one]
+"""GPT-2, whole: no library and no base class.
 
-B rows, T columns per row, n of all B*T columns no padding, D width, H heads, d head width, V vocabulary.
+[Radford et al. 2019; the layout is the published one]
 
-A row holds a prompt and its K responses side by side. `branch` says which of them a column belongs to
-(0 the prompt, k response k, -1 padding), `positions` where it stands in its own text. Which column sees
-which is one rule: attention.prefix_mask.
+B rows, T columns per row, n of all B*T columns no padding, D width, H heads, d head width,
+V vocabulary.
 
-Parameter names and shapes are those of the published checkpoints, so a state dict is a file of theirs,
-key by key.
+A row holds a prompt and its K responses side by side. `branch` says which of them a column belongs
+to (0 the prompt, k response k, -1 padding), `positions` where it stands in its own text. Which
+column sees which is one rule: attention.prefix_mask.
+
+Parameter names and shapes are those of the published checkpoints, so a state dict is a file of
+theirs, key by key.
 """
 from dataclasses import dataclass
 
@@ -57,7 +60,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
@@ -71,7 +74,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Projection(config.n_embd, n_inner)
@@ -82,7 +85,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config)
@@ -90,7 +93,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, layout: Layout, layer: int, keep: Tensor | None) -> Tensor:
-        """x (n,D) -> (n,D); after the last attention only the columns in `keep` (m,) are needed: -> (m,D)"""
+        """x (n,D) -> (n,D), or (m,D) where only the columns `keep` (m,) are wanted of the layer"""
         residual = x if keep is None else x[keep]
         x = residual + self.attn(self.ln_1(x), layout, layer, keep)
         return x + self.mlp(self.ln_2(x))
@@ -117,7 +120,7 @@ class GPT2(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.01)
-        for block in self.h:                     # 2 n_layer sums in the residual stream: keep its variance
+        for block in self.h:                     # 2 n_layer terms add up: keep their variance
             for projection in (block.attn.c_proj, block.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
@@ -133,19 +136,12 @@ class GPT2(nn.Module):
         return KVCache(self.config.n_layer, rows, max_columns, self.wte.weight.device, static)
 
     def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        branch: Tensor,
-        cache: KVCache | None = None,
-        at: Tensor | None = None,
-        lengths: list[int] | None = None,
+        self, tokens: Tensor, positions: Tensor, branch: Tensor, cache: KVCache | None = None,
+        at: Tensor | None = None, lengths: list[int] | None = None,
     ) -> Tensor:
-        """Final hidden states, after the last LayerNorm.
+        """Final hidden states, after the last norm.  (B,T) int64 each  ->  (B,T,D), 0 at padding
 
-        tokens, positions, branch (B,T) int64  ->  (B,T,D), 0 at padding
-        at: indices (m,) into the B*T columns, of those that are wanted; the others skip what only they need  ->  (m,D)
-        cache: the T columns stand behind those it holds, and are added to it.  lengths: see Layout.
+        at: of these columns alone, as Layout.find takes them: (m,D).  cache, lengths: see Layout.
         """
         layout = Layout(branch, cache, lengths, self.flex)
         keep = layout.find(at)
@@ -160,6 +156,6 @@ class GPT2(nn.Module):
         return layout.scatter(x) if at is None else x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits, for the columns that need them: the head is the widest matrix.  (...,D) -> (...,V)"""
+        """Next-token logits, for the columns that need them.  (...,D) -> (...,V)"""
         head = self.wte if self.lm_head is None else self.lm_head
         return self.lm_head_matmul(hidden, head.weight)

@@ -17,7 +17,7 @@ LOGITS_CHUNK = 1024        # logits that exist at once: 200 MB in float32 with G
 
 
 class PolicyOutput(NamedTuple):
-    """All (B,K,R) float, aligned to the predicted token, 0 behind the mask; None where it was not asked for."""
+    """All (B,K,R) float, aligned to the predicted token, 0 behind the mask; None: not asked for."""
     logprobs: Tensor
     entropy: Tensor | None
     values: Tensor | None
@@ -30,8 +30,8 @@ def flat_columns(batch, index: Tensor) -> Tensor:
 
 
 def in_weight_dtype(layer: nn.Linear, hidden: Tensor) -> Tensor:
-    """A small head in its weights' own number format, also under autocast: in bfloat16 scores near 5.9 differ by
-    steps of 0.03, which tie.
+    """A small head in its weights' own number format, also under autocast: in bfloat16 scores near
+    5.9 differ by steps of 0.03, which tie.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return layer(hidden.to(layer.weight.dtype))
@@ -40,8 +40,8 @@ def in_weight_dtype(layer: nn.Linear, hidden: Tensor) -> Tensor:
 class Policy(nn.Module):
     """A language model, and for PPO a critic: a linear value head on the policy's own trunk.
 
-    "Only the last layer is new" [paper A, 3.3]. It starts at zero, so the first advantages are the rewards themselves.
-    detach_value keeps the value loss out of the trunk.
+    "Only the last layer is new" [paper A, 3.3]. It starts at zero, so the first advantages are the
+    rewards themselves. detach_value keeps the value loss out of the trunk.
     """
 
     def __init__(self, trunk: nn.Module, value_head: bool = False, detach_value: bool = False):
@@ -53,7 +53,7 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def token_logprobs(self, hidden: Tensor, tokens: Tensor, temperature: float, return_entropy: bool):
+    def token_logprobs(self, hidden, tokens, temperature, return_entropy):
         """Log-softmax of the logits, read at `tokens`; float32 or better from the softmax on.
 
         hidden (n,D), tokens (n,)  ->  log-probabilities (n,), entropies (n,) or None
@@ -63,11 +63,14 @@ class Policy(nn.Module):
         logprobs = -F.cross_entropy(logits, tokens, reduction="none")
         return logprobs, ppo.entropy(logits) if return_entropy else None
 
-    def forward(self, batch, temperature: float = 1.0, return_entropy: bool = False) -> PolicyOutput:
-        """Log-probability of every response token at this temperature, its entropy where asked for, its value.
+    def forward(
+        self, batch, temperature: float = 1.0, return_entropy: bool = False
+    ) -> PolicyOutput:
+        """Log-probability of every response token at this temperature, its entropy and value.
 
-        Logits are computed for response tokens alone (n of them), LOGITS_CHUNK at a time where there are more: the
-        backward computes them again, so that never more than LOGITS_CHUNK x V of them exist.
+        Logits are computed for response tokens alone (n of them), LOGITS_CHUNK at a time where
+        there are more: the backward computes them again, so that never more than LOGITS_CHUNK x V
+        of them exist.
         """
         mask = batch.response_mask
         at = flat_columns(batch, batch.logit_index)[mask]                          # (n,)
@@ -100,7 +103,9 @@ def scatter_back(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class RewardModel(nn.Module):
-    """A trunk with a linear layer of N outputs, read at each response's last token: 1 scalar, or N quantiles."""
+    """A trunk with a linear layer of N outputs, read at each response's last token: 1 scalar, or N
+    quantiles.
+    """
 
     def __init__(self, trunk: nn.Module, outputs: int = 1):
         super().__init__()
@@ -109,10 +114,11 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.score.weight)
 
     def init_head(self):
-        """Random weights of a new head, so that scores start small whatever the size of the trunk's hidden states.
+        """Random weights of a new head, so that scores start small whatever the size of the trunk's
+        hidden states.
 
-        Their rms is about that of the last norm's weight (7 in one small LLaMA). A head of order 1 there starts with
-        loud noise; a head of zeros lets the trunk learn nothing at first.
+        Their rms is about that of the last norm's weight (7 in one small LLaMA). A head of order 1
+        there starts with loud noise; a head of zeros lets the trunk learn nothing at first.
         """
         size = self.trunk.final_norm.weight.detach().pow(2).mean().sqrt().clamp(min=1e-6).item()
         nn.init.normal_(self.score.weight, std=INIT_SCORE_STD / (size * self.trunk.width**0.5))

@@ -1,16 +1,14 @@
-"""How good a reward model is: accuracy over pairs, AUC over labels, and whether a coin could do it."""
+"""How good a reward model is: accuracy over pairs, AUC over labels, beside a fair coin."""
 from itertools import combinations
 
 import torch
-from torch import Tensor
-
-from .batching import Row
 
 
-def pair_accuracy(rows: list[Row], scores: list[list[float]]) -> dict[str, float]:
-    """Over all pairs of unequal place within a group: how often the better response has the higher score, ties half.
+def pair_accuracy(rows, scores):
+    """How often the better response has the higher score, ties half, over all pairs in groups.
 
-    -> eval_accuracy, eval_pairs, and eval_accuracy_of_longer, which longer responses would have: a baseline without a model
+    -> eval_accuracy, eval_pairs, and eval_accuracy_of_longer, which longer responses would have: a
+    baseline without a model
     """
     right = longer = 0.0
     pairs = 0
@@ -30,12 +28,14 @@ def pair_accuracy(rows: list[Row], scores: list[list[float]]) -> dict[str, float
     }
 
 
-def wins(a: float, b: float) -> float:
+def wins(a, b):
     return (a > b) + 0.5 * (a == b)
 
 
-def auc(scores: Tensor, labels: Tensor) -> float:
-    """Chance that a good response of any prompt outscores a bad one of any prompt, ties half.  (n,), (n,) bool -> float"""
+def auc(scores, labels):
+    """Chance that a good response of any prompt outscores a bad one of any prompt, ties half.
+    (n,), (n,) bool -> float
+    """
     good = scores[labels]
     bad = scores[~labels].sort().values
     if not len(good) or not len(bad):
@@ -45,6 +45,6 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     return (below + below_or_equal).double().mean().item() / (2 * len(bad))
 
 
-def at_chance(accuracy: float, pairs: int) -> bool:
-    """Could a fair coin do this? Within 1.96 standard deviations of its share of heads, as if pairs were independent."""
+def at_chance(accuracy, pairs):
+    """Could a fair coin do this? Within 1.96 of its standard deviations, pairs as independent."""
     return abs(accuracy - 0.5) <= 1.96 * (0.25 / max(pairs, 1)) ** 0.5

@@ -1,9 +1,10 @@
-"""From text to one number: a reward model with its normalisation and statistic, or a Python function.
+"""From text to one number: a reward model with its normalisation, or a Python function.
 
-    text -> tokens -> N outputs -> statistic (mean, a quantile, cvar) -> transform -> normalise -> reward
+    text -> tokens -> N outputs -> statistic (mean, a quantile, cvar) -> transform -> normalise
+    reward
 
-A policy and a reward model may be of different families with different tokenizers, so a reward takes
-*text*. Both kinds answer the same questions:
+A policy and a reward model may be of different families with different tokenizers, so a reward
+takes *text*. Both kinds answer the same questions:
 
     score_texts(prompts, responses, ended, normalised)  ->  (B,K)
     normalise(raw)      describe()      forward_flops(rows)      to(device, dtype, compile)
@@ -12,7 +13,6 @@ B prompts, K responses each, N outputs of the model.
 """
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,11 +24,12 @@ from .io.data import Group, Response
 from .io.read import InputError, import_file
 from .run import kernels, precision, speed
 
-REWARD_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {           # by the loss that trained the model
+REWARD_TRANSFORMS = {            # by the loss that trained the model
     "identity": lambda z: z,
-    "tanh_half": lambda z: torch.tanh(z / 2),       # classification: 2 sigmoid(z) - 1, in (-1, 1)  [paper A, 3.2]
+    # classification: 2 sigmoid(z) - 1, in (-1, 1)  [paper A, 3.2]
+    "tanh_half": lambda z: torch.tanh(z / 2),
 }
-STD_FLOOR = 0.1                  # under it a model is at chance: a unit of reward would be made of noise
+STD_FLOOR = 0.1                  # a smaller deviation is noise: no unit of reward is made of it
 
 
 def reduce_quantiles(outputs: Tensor, statistic: str) -> Tensor:
@@ -46,12 +47,13 @@ def reduce_quantiles(outputs: Tensor, statistic: str) -> Tensor:
 
 
 def parse_statistic(name: str, outputs: int) -> str:
-    """One spelling for each statistic of N outputs (cvar by how many are averaged); refuses what does not exist."""
+    """One spelling for each statistic of N outputs; InputError for what does not exist."""
     quantile = re.fullmatch(r"q(\d+)", name)
     cvar = re.fullmatch(r"cvar:(\d*\.?\d+)", name)
     if name != "mean" and outputs == 1:
         raise InputError(
-            f"--statistic {name}: this reward model has one output; only a quantile model has more than its mean"
+            f"--statistic {name}: this reward model has one output; "
+            "only a quantile model has more than its mean"
         )
     if name == "mean":
         return name
@@ -66,7 +68,9 @@ def parse_statistic(name: str, outputs: int) -> str:
 
 
 def cvar_count(share: str | float, outputs: int) -> int:
-    """ceil(share N), where .3 * 10 = 3.0000000000000004 counts as 3, and .666667 * 3, as `parse_statistic` writes it, as 2."""
+    """ceil(share N), where .3 * 10 = 3.0000000000000004 counts as 3, and .666667 * 3, as
+    `parse_statistic` writes it, as 2.
+    """
     return max(1, math.ceil(float(share) * outputs - 1e-3))
 
 
@@ -80,16 +84,19 @@ def all_statistics(outputs: int) -> list[str]:
 
 
 class TextReward:
-    """A `heads.RewardModel` with its tokenizer: text in, rewards out. Normalisation is applied here, once."""
+    """A `heads.RewardModel` with its tokenizer: text in, rewards out, normalised once, here."""
 
-    def __init__(self, model: RewardModel, tokenizer, transform="identity", norm_stats=None, max_length=None):
+    def __init__(
+        self, model: RewardModel, tokenizer, transform="identity", norm_stats=None, max_length=None
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.transform = transform
-        self.max_length = max_length or model.trunk.config.context     # longer texts than it was trained on are new to it
+        # longer texts than it was trained on are new to it
+        self.max_length = max_length or model.trunk.config.context
         self.max_tokens = 8192                   # columns per micro-batch
         self.num_truncated = 0                   # prompts that had to lose their beginning so far
-        self.norm_stats = norm_stats or {}       # statistic -> (mean, deviation) over the training mix
+        self.norm_stats = norm_stats or {}       # statistic -> (mean, deviation) over training
         self.dtype = "float32"
         self.select("mean")
 
@@ -136,7 +143,8 @@ class TextReward:
         return REWARD_TRANSFORMS[self.transform](reduce_quantiles(outputs, self.statistic))
 
     def fit_normalisation(self, outputs: Tensor) -> float:
-        """Mean 0 and variance 1 over outputs (n,N) of the training mix, for every statistic, with a floor under the deviation.
+        """Mean 0 and variance 1 over outputs (n,N) of the training mix, for every statistic, with a
+        floor under the deviation.
 
         -> the raw deviation of the mean: under the floor, rewards will deviate by less than 1
         """
@@ -158,7 +166,8 @@ class TextReward:
     ) -> Tensor:
         """Rewards of B x K texts.  ended: was EOS appended?  ->  (B,K) float32
 
-        A prompt too long for this model's context loses its beginning (counted in num_truncated), a response never its end.
+        A prompt too long for this model's context loses its beginning (counted in num_truncated), a
+        response never its end.
         """
         groups = []
         for prompt, texts, ends in zip(prompts, responses, ended):
@@ -166,12 +175,13 @@ class TextReward:
             groups.append(Group(prompt, answers, truncatable=True))
         rows, truncated = encode_all(groups, self.tokenizer, self.max_length)
         if truncated:
-            # each response by itself: how much its prompt loses depends on it alone, not on its neighbours
-            groups = [Group(g.prompt, [answer], truncatable=True) for g in groups for answer in g.responses]
+            # each response by itself: how much its prompt loses depends on it alone
+            groups = [Group(g.prompt, [r], truncatable=True) for g in groups for r in g.responses]
             rows, truncated = encode_all(groups, self.tokenizer, self.max_length)
             if len(rows) < len(groups):
                 raise InputError(
-                    f"a response alone fills the reward model's {self.max_length} positions: allow fewer new tokens"
+                    f"a response alone fills the reward model's {self.max_length} positions: "
+                    "allow fewer new tokens"
                 )
         self.num_truncated += sum(truncated.values())
         raw = self.raw(self.outputs(rows)).float().cpu().view(len(prompts), -1)
@@ -183,7 +193,9 @@ class TextReward:
 
 
 class FunctionReward:
-    """`path.py:function` with (prompts, responses) -> scores, both flat lists of str of one length. Runs the user's code."""
+    """`path.py:function` with (prompts, responses) -> scores, both flat lists of str of one length.
+    Runs the user's code.
+    """
 
     def __init__(self, spec: str):
         path, _, name = spec.rpartition(":")
@@ -194,22 +206,16 @@ class FunctionReward:
         if not callable(self.function):
             raise InputError(f"{spec}: {path} has no function {name!r}")
 
-    def to(self, device: torch.device, dtype: str, compile: bool = False) -> "FunctionReward":
+    def to(self, device, dtype, compile=False):
         return self
 
-    def describe(self) -> str:
+    def describe(self):
         return f"function {self.spec}, taken as it is"
 
-    def forward_flops(self, rows: list[Row]) -> int:
+    def forward_flops(self, rows):
         return 0
 
-    def score_texts(
-        self,
-        prompts: list[str],
-        responses: list[list[str]],
-        ended: list[list[bool]],
-        normalised: bool = True,
-    ) -> Tensor:
+    def score_texts(self, prompts, responses, ended, normalised=True):
         """As TextReward.score_texts; raw and normalised are the same."""
         k = len(responses[0])
         flat_prompts = [prompt for prompt in prompts for _ in range(k)]
@@ -217,7 +223,8 @@ class FunctionReward:
         try:
             scores = [float(score) for score in self.function(flat_prompts, flat)]
         except (Exception, SystemExit) as error:
-            raise InputError(f"{self.spec} raised {type(error).__name__}: {str(error)[:200]}") from None
+            problem = f"{type(error).__name__}: {str(error)[:200]}"
+            raise InputError(f"{self.spec} raised {problem}") from None
         if len(scores) != len(flat):
             raise InputError(f"{self.spec} returned {len(scores)} scores for {len(flat)} responses")
         for score, text in zip(scores, flat):
@@ -225,7 +232,7 @@ class FunctionReward:
                 raise InputError(f"{self.spec} returned {score} for the response {text[:60]!r}")
         return torch.tensor(scores).view(len(prompts), k)
 
-    def normalise(self, raw: Tensor) -> Tensor:
+    def normalise(self, raw):
         """A function's scores are taken as they are."""
         return raw
 

@@ -1,21 +1,18 @@
-"""Try a policy on a prompt, or write K responses to every prompt of some data as groups JSONL, judged or not.
+"""Try a policy on a prompt, or write K responses to every prompt of some data, judged or not.
 
-    python -m nanorlhf.sample --policy runs/sft --prompt "Once upon a time" [--compare_with runs/ppo]
-    python -m nanorlhf.sample --policy runs/sft --data FairytaleQAData --k 4 --out samples.jsonl \\
+    python -m nanorlhf.sample --policy runs/sft --prompt "Once upon a time" [--compare_with
+    runs/ppo] python -m nanorlhf.sample --policy runs/sft --data FairytaleQAData --k 4 --out
+    samples.jsonl \\
         [--judge judge.py:score] [--include_originals]
-    torchrun --nproc_per_node=8 -m nanorlhf.sample ...     the same file, the prompts shared among eight GPUs
+    torchrun --nproc_per_node=8 -m nanorlhf.sample ...     the same file by eight GPUs
 """
 import dataclasses
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from .batching import Row, Stream, encode_all, partition
+from .batching import Stream, encode_all, partition
 from .generate import Sampling, generate
-from .heads import Policy
 from .io import data, hub
 from .io.data import Group, Response
 from .io.files import replace
@@ -31,7 +28,8 @@ class Config:
     policy: str                # a run or a model folder
     compare_with: str = ""     # a second policy, shown beside the first
     prompt: str = ""           # one prompt to continue
-    data: str = ""             # or many: FairytaleQA or HH folder, groups JSONL, or a folder with train.jsonl
+    # or many: FairytaleQA or HH folder, groups JSONL, or a folder with train.jsonl
+    data: str = ""
     out: str = ""              # groups JSONL to write for --data; must not exist
     split: Literal["train", "held_out"] = "train"   # which part of --data
     max_prompts: int = 0       # prompts to take from the beginning; 0: all
@@ -40,7 +38,8 @@ class Config:
     temperature: float = 1.0   # 0 takes the likeliest token
     top_p: float = 1.0         # keep the fewest tokens that hold this much of the mass
     judge: str = ""            # path.py:function or reward model: writes scores and places
-    include_originals: bool = False   # write the data's own responses too, with label 1 beside the samples' 0
+    # write the data's own responses too, with label 1 beside the samples' 0
+    include_originals: bool = False
     max_tokens: int = 8192     # columns per batch
     max_length: int = 0        # positions of prompt + response; 0: the model's context
     seed: int = 0              # of the draws
@@ -48,13 +47,13 @@ class Config:
     device: str = "auto"       # cpu, cuda, cuda:1
 
 
-def load_policy(folder: str, config: Config, device: torch.device) -> Policy:
+def load_policy(folder, config, device):
     policy = hub.load_policy(folder).to(device)
     kernels.choose_kernels(policy.trunk, device, config.dtype)
     return policy
 
 
-def draw(policy: Policy, rows: list[Row], config: Config, first_sample: int = 0) -> list[list[tuple[str, bool]]]:
+def draw(policy, rows, config, first_sample=0):
     """K continuations of each row.  -> for each a list of (text, ended)"""
     tokenizer = policy.tokenizer
     sampling = Sampling(
@@ -75,11 +74,14 @@ def draw(policy: Policy, rows: list[Row], config: Config, first_sample: int = 0)
     return drawn
 
 
-def draw_distinct(policy: Policy, rows: list[Row], config: Config) -> list[list[tuple[str, bool]]]:
-    """As `draw`; a text that equals an earlier sample of its prompt is drawn again, a bounded number of times."""
+def draw_distinct(policy, rows, config):
+    """As `draw`; a text that its prompt has already is drawn again, a bounded number of times."""
     drawn = draw(policy, rows, config)
     for attempt in range(1, MAX_REDRAWS + 1):
-        repeated = [i for i, answers in enumerate(drawn) if len({text for text, _ in answers}) < config.k]
+        repeated = []
+        for i, answers in enumerate(drawn):
+            if len({text for text, _ in answers}) < config.k:
+                repeated.append(i)
         if not repeated or config.temperature == 0:
             break
         redrawn = draw(policy, [rows[i] for i in repeated], config, first_sample=attempt * config.k)
@@ -92,7 +94,7 @@ def draw_distinct(policy: Policy, rows: list[Row], config: Config) -> list[list[
     return drawn
 
 
-def add_judgement(groups: list[Group], judge):
+def add_judgement(groups, judge):
     """Adds the judge's score and the places that follow from it (equal scores tie)."""
     for group in groups:
         texts = [response.text for response in group.responses]
@@ -103,7 +105,7 @@ def add_judgement(groups: list[Group], judge):
             response.place = sum(other > score for other in scores)
 
 
-def distinct_prompts(dataset: data.Data, config: Config) -> list[Group]:
+def distinct_prompts(dataset, config):
     """One group per prompt of the split, with all responses that the data has for it."""
     distinct = {}
     for group in getattr(dataset, config.split):
@@ -112,23 +114,27 @@ def distinct_prompts(dataset: data.Data, config: Config) -> list[Group]:
     return list(distinct.values())[: config.max_prompts or None]
 
 
-def sampled_group(group: Group, answers: list[tuple[str, bool]], config: Config) -> Group:
-    """The group with its samples, label 0, and with --include_originals its own responses, label 1 unless they have one."""
+def sampled_group(group, answers, config):
+    """The group with its samples, label 0, and with --include_originals its own responses, label 1
+    unless they have one.
+    """
     responses = []
     if config.include_originals:
         for r in group.responses:
-            responses.append(Response(r.text, label=1 if r.label is None else r.label, ended=r.ended))
+            label = 1 if r.label is None else r.label
+            responses.append(Response(r.text, label=label, ended=r.ended))
     responses += [Response(text, label=0, ended=ended) for text, ended in answers]
     return Group(group.prompt, responses, group.truncatable, group.extra)
 
 
-def write(policy: Policy, config: Config, device: torch.device):
-    """K responses to each prompt of --data, into --out; each process draws for its share of the prompts."""
+def write(policy, config, device):
+    """K responses to each prompt of --data, into --out; each process draws its share."""
     dataset = data.load(config.data)
     out = Path(config.out)
     if not config.out or dist.on_rank_zero(lambda: out.exists() or not out.parent.is_dir()):
         raise InputError(
-            f"--out {config.out or '(missing)'}: name a file that does not exist yet, in a folder that does"
+            f"--out {config.out or '(missing)'}: "
+            "name a file that does not exist yet, in a folder that does"
         )
     judge = hub.load_reward(config.judge).to(device, config.dtype) if config.judge else None
     groups = distinct_prompts(dataset, config)
@@ -136,17 +142,21 @@ def write(policy: Policy, config: Config, device: torch.device):
     max_length = context_limit(config.max_length, policy.trunk.config.context)
     rows, dropped = encode_all(prompts, policy.tokenizer, max_length, config.max_new_tokens)
     if not rows:
-        raise InputError(f"--data {config.data}: no prompt left ({dict(dropped) or 'the split is empty'})")
+        reasons = dict(dropped) or "the split is empty"
+        raise InputError(f"--data {config.data}: no prompt left ({reasons})")
     room = [len(row.prompt) + config.k * config.max_new_tokens for row in rows]
     local_rows = [rows[i] for i in partition(room, dist.world_size())[dist.rank()]]
     drawn = draw_distinct(policy, local_rows, config)
-    local_groups = [sampled_group(groups[row.index], answers, config) for row, answers in zip(local_rows, drawn)]
+    local_ids = [row.index for row in local_rows]
+    local_groups = []
+    for i, answers in zip(local_ids, drawn):
+        local_groups.append(sampled_group(groups[i], answers, config))
     if judge:
         add_judgement(local_groups, judge)
     local_responses = [[dataclasses.asdict(r) for r in group.responses] for group in local_groups]
-    local_ids = [row.index for row in local_rows]
+    gathered = dist.all_gather_by_index(len(groups), local_ids, local_responses)
     written = []
-    for group, responses in zip(groups, dist.gather_by_index(len(groups), local_ids, local_responses)):
+    for group, responses in zip(groups, gathered):
         if responses:                            # else its prompt was dropped
             group.responses = [Response(**fields) for fields in responses]
             written.append(group)
@@ -157,7 +167,7 @@ def write(policy: Policy, config: Config, device: torch.device):
     report(written, dropped, config)
 
 
-def report(groups: list[Group], dropped: Counter, config: Config):
+def report(groups, dropped, config):
     """What was written, and the first few groups of it."""
     distinct = sum(len({r.text for r in group.responses if r.label == 0}) for group in groups)
     print(
@@ -168,10 +178,11 @@ def report(groups: list[Group], dropped: Counter, config: Config):
         print(f"...{group.prompt[-60:]!r}")
         for r in group.responses:
             place = "" if r.place is None else f"place {r.place:g}  score {r.scores[0]:.3f}  "
-            print(f"    {place}{'own ' if r.label else ''}{r.text!r}{'' if r.ended else '  (cut off)'}")
+            own = "own " if r.label else ""
+            print(f"    {place}{own}{r.text!r}{'' if r.ended else '  (cut off)'}")
 
 
-def show(folder: str, config: Config, device: torch.device):
+def show(folder, config, device):
     """A policy's continuations of --prompt."""
     policy = load_policy(folder, config, device)
     context = policy.trunk.config.context
@@ -179,17 +190,17 @@ def show(folder: str, config: Config, device: torch.device):
     rows, _ = encode_all([prompt], policy.tokenizer, context, config.max_new_tokens)
     if not rows:
         raise InputError(
-            f"{folder} has {context} positions: --prompt and --max_new_tokens {config.max_new_tokens} need more"
+            f"{folder} has {context} positions: "
+            f"--prompt and --max_new_tokens {config.max_new_tokens} need more"
         )
     print(f"{folder}:")
     for text, ended in draw(policy, rows, config)[0]:
         print(f"  {text!r}{'' if ended else '  (cut off)'}")
 
 
-def main(config: Config):
+def main(config):
     check_bounds(
-        config, max_prompts=(0, None), k=(1, None), max_new_tokens=(1, None), temperature=(0, None), top_p=(1e-6, 1),
-        max_tokens=(1, None), max_length=(0, None), seed=(0, 2**63 - 1),
+        config, k=1, max_new_tokens=1, top_p=(1e-6, 1), max_tokens=1, seed=(0, 2**63 - 1)
     )
     if bool(config.prompt) == bool(config.data):
         raise InputError("give either --prompt or --data")

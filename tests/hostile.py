@@ -21,9 +21,9 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -430,7 +430,7 @@ def page(folder):
 
 
 def opened(folder):
-    study.opened(folder, "smoke", {"seeds": 1})
+    study.open_study(folder, "smoke", {"seeds": 1})
 
 
 def words(folder):
@@ -497,7 +497,7 @@ def readers(scratch):
     reply = json.dumps({"model": "m", "choices": [{"message": {"role": "assistant", "content": 'Surely [["B"], ["A"]].'}}]}).encode()
     run = {"config.json": b'{"flags": {"labels": "place", "kappa": 1.0, "quantile_target": "label"}}', **{f"model/{name}": raw for name, raw in reward.items()},
            "data.jsonl": lines(*({"prompt": f"p{i}", "responses": [{"text": " a" * (j + 1), "place": j} for j in range(3)]} for i in range(20)))}
-    named = lambda kind, path: judge.make(judge.Config(kind, "x", reference=str(path)))
+    named = lambda kind, path: judge.load_judge(judge.Config(kind, "x", reference=str(path)))
     return [
         Reader("groups .jsonl", {"g.jsonl": GROUPS}, lambda f: data.read_groups(f / "g.jsonl"), json_rows("g.jsonl"), 10, use_groups),
         Reader("groups .jsonl.gz", {"g.jsonl.gz": gzip.compress(GROUPS)}, lambda f: data.read_groups(f / "g.jsonl.gz"), json_rows("g.jsonl.gz"), 6, use_groups),

@@ -24,11 +24,11 @@ import torch  # noqa: E402
 import train_ppo  # noqa: E402
 import train_rm  # noqa: E402
 import train_sft  # noqa: E402
-from nanorlhf import batching, losses, ppo, sample
-from nanorlhf.io import files
-from nanorlhf.run import cli, dist, run_folder
-from nanorlhf.study import __main__ as study
-from nanorlhf.study import evaluate
+from nanorlhf import batching, losses, ppo, sample  # noqa: E402
+from nanorlhf.io import files  # noqa: E402
+from nanorlhf.run import cli, dist, run_folder  # noqa: E402
+from nanorlhf.study import __main__ as study  # noqa: E402
+from nanorlhf.study import evaluate  # noqa: E402
 
 SCRIPTS = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo, "sample": sample, "evaluate": evaluate, "study": study}
 LEFT = 60                                        # seconds; a run that is left waiting for longer waits for ever
@@ -39,9 +39,10 @@ LEFT = 60                                        # seconds; a run that is left w
 def mean_of_means():
     """Each micro-batch divides by its own count, and their mean is taken: small ones weigh too much."""
     def own_count(function, parts):
-        def wrong(*arguments):
-            *arguments, count = arguments
-            found = function(*arguments)
+        def wrong(*arguments, count=None, **named):
+            if count is None:
+                *arguments, count = arguments
+            found = function(*arguments, **named)
             return tuple(x / parts() for x in found) if isinstance(found, tuple) else found / parts()
         return wrong
     seen = {}
@@ -68,7 +69,7 @@ def own_whitening():
     def wrong(x, mask):
         mine = torch.zeros(len(mask), dtype=torch.bool)
         mine[dist.rank()::dist.world_size()] = True
-        return whiten(x, mask, ppo.masked_sums(x[mine], mask[mine]))
+        return whiten(x, mask, ppo.moments(x[mine], mask[mine]))
     ppo.whiten = wrong
 
 
@@ -97,9 +98,9 @@ def nan_loss():
     def poisoned(function):
         calls = [0]
 
-        def wrong(*arguments):
+        def wrong(*arguments, **named):
             calls[0] += torch.is_grad_enabled()
-            found = function(*arguments)
+            found = function(*arguments, **named)
             if not torch.is_grad_enabled() or calls[0] not in NAN_CALLS or dist.rank() < dist.world_size() - 1:
                 return found
             return (found[0] * float("nan"), found[1]) if isinstance(found, tuple) else found * float("nan")

@@ -8,19 +8,22 @@ so neither a value nor a gradient changes.
 """
 from typing import NamedTuple
 
+ATTENTION = "nanorlhf/attention.py"
 BATCHING = "nanorlhf/batching.py"
-DATA = "nanorlhf/data.py"
-DIST = "nanorlhf/dist.py"
+DATA = "nanorlhf/io/data.py"
+DIST = "nanorlhf/run/dist.py"
 GENERATE = "nanorlhf/generate.py"
 GPT2 = "nanorlhf/gpt2.py"
 HEADS = "nanorlhf/heads.py"
 LLAMA = "nanorlhf/llama.py"
 LOSSES = "nanorlhf/losses.py"
-OPTIM = "nanorlhf/optim.py"
+KERNELS = "nanorlhf/run/kernels.py"
+NONFINITE = "nanorlhf/run/nonfinite.py"
+OPTIM = "nanorlhf/run/optim.py"
 PPO = "nanorlhf/ppo.py"
 REWARD = "nanorlhf/reward.py"
-RUNS = "nanorlhf/runs.py"
-SPEED = "nanorlhf/speed.py"
+RUN_FOLDER = "nanorlhf/run/run_folder.py"
+SPEED = "nanorlhf/run/speed.py"
 TRAIN_PPO = "train_ppo.py"
 TRAIN_SFT = "train_sft.py"
 
@@ -63,8 +66,8 @@ MISTAKES = [
     Mistake(
         name="logits at the token, not before it",
         file=HEADS,
-        old="batch.predictor)[batch.mask]",
-        new="batch.predictor)[batch.mask] + 1",
+        old="batch.logit_index)[mask]",
+        new="batch.logit_index)[mask] + 1",
         test="test_faults.py::test_a_row_equals_its_responses_one_by_one",
     ),
     Mistake(
@@ -116,8 +119,8 @@ MISTAKES = [
     Mistake(
         name="pad = EOS, so EOS is masked away",
         file=BATCHING,
-        old="= response, True",
-        new="= response, [token != response[-1] for token in response]",
+        old="response_mask[b, k, :n] = True",
+        new="response_mask[b, k, :n] = [token != response[-1] for token in response]",
         test="test_faults.py::test_eos_is_a_token_like_any_other",
         says="EOS is a token that the policy chooses; masked away, nobody learns to stop.",
     ),
@@ -150,56 +153,41 @@ MISTAKES = [
         ),
     ),
     Mistake(
-        name="`last` accepted and ignored",
+        name="`last_index` accepted and ignored",
         file=HEADS,
-        old="columns(batch, batch.last)",
-        new="columns(batch, torch.zeros_like(batch.last))",
+        old="flat_columns(batch, batch.last_index)",
+        new="flat_columns(batch, torch.zeros_like(batch.last_index))",
         test="test_faults.py::test_a_row_equals_its_responses_one_by_one",
     ),
     Mistake(
         name="an absent response is valid",
         file=BATCHING,
-        old="zeros(B, K, dtype=bool)",
-        new="np.ones((B, K), dtype=bool)",
+        old="valid=np.zeros((B, K), bool)",
+        new="valid=np.ones((B, K), bool)",
         test="test_batching.py::test_batch_by_hand",
-        says="A group with fewer responses than the others has places that stand for nothing.",
+        says=(
+            "A group with fewer responses than the others has places that stand for "
+            "nothing."
+        ),
     ),
     # -------------------------------------------------------------------------------- Who sees whom
     Mistake(
-        name="gpt2: responses see each other",
-        file=GPT2,
-        old="(branch_key[:, None] == 0) |",
-        new="(branch_key[:, None] >= 0) |",
+        name="responses see each other",
+        file=ATTENTION,
+        old="(key_branch[:, None] == 0) |",
+        new="(key_branch[:, None] >= 0) |",
         test="test_faults.py::test_a_row_equals_its_responses_one_by_one[gpt2]",
         says=(
-            "A response sees its prompt and itself; seeing its neighbours, it is judged in their "
-            "company."
+            "A response sees its prompt and itself; seeing its neighbours, it is judged in "
+            "their company."
         ),
     ),
     Mistake(
-        name="llama: responses see each other",
-        file=LLAMA,
-        old="(branch_key[:, None] == 0) |",
-        new="(branch_key[:, None] >= 0) |",
-        test="test_faults.py::test_a_row_equals_its_responses_one_by_one[llama]",
-        says=(
-            "A response sees its prompt and itself; seeing its neighbours, it is judged in their "
-            "company."
-        ),
-    ),
-    Mistake(
-        name="gpt2: an attention mask accepted and ignored",
-        file=GPT2,
+        name="an attention mask accepted and ignored",
+        file=ATTENTION,
         old="attn_mask=mask",
         new="attn_mask=None",
         test="test_faults.py::test_a_row_equals_its_responses_one_by_one[gpt2]",
-    ),
-    Mistake(
-        name="llama: an attention mask accepted and ignored",
-        file=LLAMA,
-        old="attn_mask=mask",
-        new="attn_mask=None",
-        test="test_faults.py::test_a_row_equals_its_responses_one_by_one[llama]",
     ),
     Mistake(
         name="detach_value ignored",
@@ -212,8 +200,11 @@ MISTAKES = [
     Mistake(
         name="mean over responses of means over tokens",
         file=LOSSES,
-        old="-_mean(_wide(logprobs), mask, count)",
-        new="-torch.where(mask, _wide(logprobs), 0).sum(-1).div(mask.sum(-1).clamp(min=1)).mean()",
+        old="-_mean(_to_float32(logprobs), mask, count)",
+        new=(
+            "-torch.where(mask, _to_float32(logprobs), "
+            "0).sum(-1).div(mask.sum(-1).clamp(min=1)).mean()"
+        ),
         test="test_losses.py::test_sft_loss_is_a_mean_over_tokens",
         says=(
             "In a mean of means a token of a short response weighs more than one of a long "
@@ -457,16 +448,22 @@ MISTAKES = [
     Mistake(
         name="balanced weights without their half",
         file=LOSSES,
-        old="n / (2 * n_good.clamp(min=1)), n / (2 * n_bad.clamp(min=1))",
-        new="n / n_good.clamp(min=1), n / n_bad.clamp(min=1)",
+        old=(
+            "weight_good = n / (2 * n_good.clamp(min=1))\n    weight_bad = n / (2 * "
+            "n_bad.clamp(min=1))"
+        ),
+        new="weight_good = n / n_good.clamp(min=1)\n    weight_bad = n / n_bad.clamp(min=1)",
         test="test_losses.py::test_balanced_weights",
-        says="The weights of a group must add up to its number of responses, not to twice that.",
+        says=(
+            "The weights of a group must add up to its number of responses, not to twice "
+            "that."
+        ),
     ),
     Mistake(
         name="each kind has the other's weight",
         file=LOSSES,
-        old="where(good, n",
-        new="where(bad, n",
+        old="where(good, weight_good, weight_bad)",
+        new="where(good, weight_bad, weight_good)",
         test="test_losses.py::test_balanced_weights",
         says="The rare kind must weigh more.",
     ),
@@ -513,8 +510,8 @@ MISTAKES = [
     Mistake(
         name="a middle tie called bad",
         file=DATA,
-        old="0 if l >= half else None",
-        new="0",
+        old="elif lost >= half:",
+        new="else:",
         test="test_losses.py::test_places_to_labels",
     ),
     # ----------------------------------------- The quantile loss, and what is read from its outputs
@@ -547,8 +544,8 @@ MISTAKES = [
     Mistake(
         name="u = q - z",
         file=LOSSES,
-        old="= z - q,",
-        new="= q - z,",
+        old="u = z - q",
+        new="u = q - z",
         test="test_losses.py::test_kappa_zero_learns_quantiles",
         says="The error is target minus quantile; reversed, every tau becomes 1 - tau.",
     ),
@@ -571,8 +568,8 @@ MISTAKES = [
     Mistake(
         name="a Huber that jumps",
         file=LOSSES,
-        old="(u.abs() - kappa / 2)",
-        new="u.abs()",
+        old="(huber - kappa / 2)",
+        new="huber",
         test="test_losses.py::test_quantile_huber_by_hand",
         says="The straight part must meet the square at kappa.",
     ),
@@ -589,8 +586,8 @@ MISTAKES = [
     Mistake(
         name="mean over quantiles",
         file=LOSSES,
-        old="keepdim=True).clamp(min=1)).sum(-1)",
-        new="keepdim=True).clamp(min=1)).mean(-1)",
+        old="div(num_targets).sum(-1)",
+        new="div(num_targets).mean(-1)",
         test="test_losses.py::test_quantile_huber_by_hand",
         says=(
             "It is a sum over quantiles and a mean over targets; else the loss shrinks as "
@@ -600,10 +597,13 @@ MISTAKES = [
     Mistake(
         name="sum over targets",
         file=LOSSES,
-        old=".div(target_mask.sum(-1, keepdim=True).clamp(min=1))",
+        old=".div(num_targets)",
         new="",
         test="test_losses.py::test_quantile_huber_by_hand",
-        says="Summed over its targets, a response that was judged ten times weighs ten times.",
+        says=(
+            "Summed over its targets, a response that was judged ten times weighs ten "
+            "times."
+        ),
     ),
     Mistake(
         name="a target mask accepted and ignored",
@@ -616,8 +616,8 @@ MISTAKES = [
     Mistake(
         name="squares where kappa is 0",
         file=LOSSES,
-        old="else u.abs()",
-        new="else u * u / 2",
+        old="huber = u.abs()",
+        new="huber = u.abs() if kappa > 0 else u * u / 2",
         test="test_losses.py::test_quantile_huber_by_hand",
         says="kappa 0 is the pinball loss; squares learn expectiles.",
     ),
@@ -640,16 +640,16 @@ MISTAKES = [
     Mistake(
         name="CVaR of the best",
         file=REWARD,
-        old="ordered[..., : lowest(name[5:], outputs.shape[-1])]",
-        new="ordered[..., -lowest(name[5:], outputs.shape[-1]) :]",
+        old="ordered[..., : cvar_count(statistic[5:], outputs.shape[-1])]",
+        new="ordered[..., -cvar_count(statistic[5:], outputs.shape[-1]) :]",
         test="test_losses.py::test_statistics_of_unsorted_outputs",
         says="CVaR is pessimistic: it is the mean of the lowest share.",
     ),
     Mistake(
         name="CVaR is a quantile",
         file=REWARD,
-        old=": lowest(name[5:], outputs.shape[-1])].mean(-1)",
-        new="lowest(name[5:], outputs.shape[-1]) - 1]",
+        old=": cvar_count(statistic[5:], outputs.shape[-1])].mean(-1)",
+        new="cvar_count(statistic[5:], outputs.shape[-1]) - 1]",
         test="test_losses.py::test_statistics_of_unsorted_outputs",
         says="CVaR is the mean below the quantile, not the quantile.",
     ),
@@ -755,8 +755,8 @@ MISTAKES = [
     Mistake(
         name="KL at the last token only",
         file=PPO,
-        old="_inside(kl_k1(logprobs, ref_logprobs), mask)",
-        new="_inside(kl_k1(logprobs, ref_logprobs), last_token(mask))",
+        old="_masked(kl_k1(logprobs, ref_logprobs), mask)",
+        new="_masked(kl_k1(logprobs, ref_logprobs), last_token(mask))",
         test="test_ppo.py::test_shape_rewards_by_hand",
         says="Every token pays for its own log-ratio.",
     ),
@@ -828,17 +828,18 @@ MISTAKES = [
     Mistake(
         name="bootstrap past the end",
         file=PPO,
-        old="advantage = value_after = torch.zeros_like(rewards[..., 0])",
-        new="advantage, value_after = torch.zeros_like(rewards[..., 0]), values[..., -1].clone()",
+        old="value_after = torch.zeros_like(advantage)",
+        new="value_after = values[..., -1].clone()",
         test="test_ppo.py::test_gae_of_a_single_column",
         says=(
-            "After the last token the episode is over: its value is 0, not the critic's last word."
+            "After the last token the episode is over: its value is 0, not the critic's "
+            "last word."
         ),
     ),
     Mistake(
         name="a value after the last token",
         file=PPO,
-        old="_inside(values, mask).detach()",
+        old="_masked(values, mask).detach()",
         new="values.detach()",
         test="test_ppo.py::test_the_value_after_the_last_token_is_zero",
         says="What stands behind the mask became the value after the end.",
@@ -854,8 +855,8 @@ MISTAKES = [
     Mistake(
         name="gradient through GAE",
         file=PPO,
-        old="_inside(values, mask).detach()",
-        new="_inside(values, mask)",
+        old="_masked(values, mask).detach()",
+        new="_masked(values, mask)",
         test="test_ppo.py::test_gae_carries_no_gradient",
         says="Advantages and returns are targets, and nothing flows back through them.",
     ),
@@ -878,8 +879,8 @@ MISTAKES = [
     Mistake(
         name="scaled, not centred",
         file=PPO,
-        old="(inside.double() - mean)",
-        new="inside.double()",
+        old="(x.double() - mean)",
+        new="x.double()",
         test="test_ppo.py::test_whiten_by_hand",
         says="Whitening takes the mean away too.",
     ),
@@ -905,8 +906,8 @@ MISTAKES = [
     Mistake(
         name="explained variance upside down",
         file=PPO,
-        old=".item() / spread",
-        new=".item() / max(v.var(unbiased=False).item(), 1e-12)",
+        old=".item() / variance if",
+        new=".item() / max(v.var(unbiased=False).item(), 1e-12) if",
         test="test_ppo.py::test_explained_variance",
         says="What is to be explained is the variance of the returns.",
     ),
@@ -914,40 +915,43 @@ MISTAKES = [
     Mistake(
         name="policy clipped on the wrong side",
         file=PPO,
-        old="torch.minimum(free,",
-        new="torch.maximum(free,",
+        old="torch.minimum(unclipped,",
+        new="torch.maximum(unclipped,",
         test="test_ppo.py::test_policy_loss_by_case",
         says="PPO takes the worse of the two; the better one never stops.",
     ),
     Mistake(
         name="the clipped branch alone",
         file=PPO,
-        old="torch.minimum(free, clipped)",
+        old="torch.minimum(unclipped, clipped)",
         new="clipped",
         test="test_ppo.py::test_policy_loss_by_case",
-        says="It also stops the steps that would undo harm: a bad token that is already likelier.",
+        says=(
+            "It also stops the steps that would undo harm: a bad token that is already "
+            "likelier."
+        ),
     ),
     Mistake(
         name="policy not clipped",
         file=PPO,
-        old="torch.minimum(free, clipped)",
-        new="free",
+        old="torch.minimum(unclipped, clipped)",
+        new="unclipped",
         test="test_ppo.py::test_policy_loss_by_case",
         says="Nothing then stops the ratio.",
     ),
     Mistake(
         name="policy loss of the wrong sign",
         file=PPO,
-        old="return -masked_mean(",
-        new="return masked_mean(",
+        old="loss = -masked_mean(",
+        new="loss = masked_mean(",
         test="test_ppo.py::test_policy_loss_by_case",
         says="The objective is to grow, so the loss is its negative.",
     ),
     Mistake(
         name="ratio upside down",
         file=PPO,
-        old="kl_k1(_inside(logprobs, mask), _inside(old_logprobs, mask))",
-        new="kl_k1(_inside(old_logprobs, mask), _inside(logprobs, mask))",
+        old="kl_k1(_masked(logprobs, mask), _masked(old_logprobs, mask))",
+        new="kl_k1(_masked(old_logprobs, mask), _masked(logprobs, mask))",
         test="test_ppo.py::test_policy_loss_by_case",
         says="The ratio is new over old; upside down, good tokens get less likely.",
     ),
@@ -970,15 +974,15 @@ MISTAKES = [
     Mistake(
         name="ratio without gradient",
         file=PPO,
-        old="free, clipped = ratio",
-        new="ratio = ratio.detach()\n    free, clipped = ratio",
+        old="unclipped = ratio * advantages",
+        new="ratio = ratio.detach()\n    unclipped = ratio * advantages",
         test="test_ppo_loop.py::test_after_a_large_step_ratios_are_clipped",
         says="The old log-probabilities are constants; the new ones are what learns.",
     ),
     Mistake(
         name="clip fraction counts every far ratio",
         file=PPO,
-        old="clipped < free",
+        old="clipped < unclipped",
         new="(ratio - 1).abs() > clip",
         test="test_ppo.py::test_policy_loss_by_case",
         says="A far ratio is clipped only where the clipped branch is the one taken.",
@@ -1001,8 +1005,8 @@ MISTAKES = [
     Mistake(
         name="value clipped on the wrong side",
         file=PPO,
-        old="torch.maximum(free,",
-        new="torch.minimum(free,",
+        old="torch.maximum(unclipped,",
+        new="torch.minimum(unclipped,",
         test="test_ppo.py::test_value_loss_by_case",
         says="The larger error counts, so that leaving the old value is never rewarded.",
     ),
@@ -1025,8 +1029,8 @@ MISTAKES = [
     Mistake(
         name="value not clipped",
         file=PPO,
-        old="torch.maximum(free, clipped)",
-        new="free",
+        old="torch.maximum(unclipped, clipped)",
+        new="unclipped",
         test="test_ppo.py::test_value_loss_by_case",
         says="The clip is missing.",
     ),
@@ -1084,12 +1088,15 @@ MISTAKES = [
         says="The rollout is drawn at the temperature at which it is looked at and learnt from.",
     ),
     Mistake(
-        name="the rollout looked at without its temperature",
+        name="the rollout evaluated without its temperature",
         file=TRAIN_PPO,
-        old="policy(batch, config.temperature, ppo",
-        new="policy(batch, 1.0, ppo",
+        old="setup.policy(batch, config.temperature, return_entropy",
+        new="setup.policy(batch, 1.0, return_entropy",
         test="test_ppo_loop.py::test_one_temperature_for_policy_reference_and_update",
-        says="The old log-probabilities then belong to another softmax than the one that drew.",
+        says=(
+            "The old log-probabilities then belong to another softmax than the one that "
+            "drew."
+        ),
     ),
     Mistake(
         name="reference at temperature 1",
@@ -1126,7 +1133,7 @@ MISTAKES = [
     Mistake(
         name="advantages not whitened",
         file=TRAIN_PPO,
-        old="ppo.whiten(advantages, rollout.mask)",
+        old="ppo.whiten(advantages, mask)",
         new="advantages",
         test="test_ppo_loop.py::test_rewards_returns_and_advantages_by_hand",
         says="The size of a step then follows the unit of the reward.",
@@ -1134,40 +1141,47 @@ MISTAKES = [
     Mistake(
         name="returns whitened too",
         file=TRAIN_PPO,
-        old="    return rewards\n",
-        new="    rollout.returns = ppo.whiten(rollout.returns, rollout.mask)\n    return rewards\n",
+        old=(
+            "advantages, rollout.returns = ppo.gae(\n        rewards, rollout.values, "
+            "mask, config.gamma, config.lam\n    )"
+        ),
+        new=(
+            "advantages, rollout.returns = ppo.gae(\n        rewards, rollout.values, "
+            "mask, config.gamma, config.lam\n    )\n    rollout.returns = "
+            "ppo.whiten(rollout.returns, mask)"
+        ),
         test="test_ppo_loop.py::test_rewards_returns_and_advantages_by_hand",
         says="The critic's target loses its unit, and V no longer fits r + gamma V.",
     ),
     Mistake(
         name="policy and reference swapped",
         file=TRAIN_PPO,
-        old="old_logprobs, rollout.ref_logprobs, rollout.mask",
-        new="ref_logprobs, rollout.old_logprobs, rollout.mask",
+        old="rollout.old_logprobs, rollout.ref_logprobs, mask",
+        new="rollout.ref_logprobs, rollout.old_logprobs, mask",
         test="test_ppo_loop.py::test_rewards_returns_and_advantages_by_hand",
         says="The penalty then pays for leaving the reference.",
     ),
     Mistake(
         name="no KL in the reward",
         file=TRAIN_PPO,
-        old="rollout.mask, kl_coef)",
-        new="rollout.mask, 0.0)",
+        old="mask, kl_coef\n",
+        new="mask, 0.0\n",
         test="test_ppo_loop.py::test_rewards_returns_and_advantages_by_hand",
         says="Without it the reward has no leash.",
     ),
     Mistake(
         name="beta of the flags, not the adapted one",
         file=TRAIN_PPO,
-        old="rollout.mask, kl_coef)",
-        new="rollout.mask, config.kl_coef)",
+        old="mask, kl_coef\n",
+        new="mask, config.kl_coef\n",
         test="test_ppo_loop.py::test_rewards_returns_and_advantages_by_hand",
         says="Adapted or not, the beta of this step is the one that is handed in.",
     ),
     Mistake(
         name="the rollout's policy as the reference",
         file=TRAIN_PPO,
-        old="ref_logprobs, rollout.mask, kl_coef",
-        new="old_logprobs, rollout.mask, kl_coef",
+        old="rollout.ref_logprobs, mask, kl_coef",
+        new="rollout.old_logprobs, mask, kl_coef",
         test="test_ppo_loop.py::test_rewards_returns_and_advantages_by_hand",
         says="The KL to yesterday's policy is 0 every morning, so it bounds no distance.",
     ),
@@ -1190,12 +1204,12 @@ MISTAKES = [
     Mistake(
         name="old log-probabilities taken anew",
         file=TRAIN_PPO,
-        old='known("old_logprobs")',
-        new="now.logprobs.detach()",
+        old="new.logprobs, targets.old_logprobs, targets.adv",
+        new="new.logprobs, new.logprobs.detach(), targets.adv",
         test="test_ppo_loop.py::test_after_a_large_step_ratios_are_clipped",
         says=(
-            "The ratio is then always 1: nothing is ever clipped, and later passes leave the "
-            "policy in silence."
+            "The ratio is then always 1: nothing is ever clipped, and later passes leave "
+            "the policy in silence."
         ),
     ),
     Mistake(
@@ -1233,16 +1247,16 @@ MISTAKES = [
     Mistake(
         name="policy loss subtracted",
         file=TRAIN_PPO,
-        old="return policy_loss +",
-        new="return -policy_loss +",
+        old="loss = policy_loss +",
+        new="loss = -policy_loss +",
         test="test_ppo_loop.py::test_the_loss_of_a_minibatch_by_hand",
         says="The minus stands in the loss already; a second one makes the policy worse.",
     ),
     Mistake(
         name="KL to the rollout per token",
         file=TRAIN_PPO,
-        old="batch.mask, responses)",
-        new="batch.mask, count)",
+        old="masked_mean(kl, mask, num_responses)",
+        new="masked_mean(kl, mask, num_tokens)",
         test="test_ppo_loop.py::test_the_loss_of_a_minibatch_by_hand",
         says="target_kl is nats per response.",
     ),
@@ -1289,8 +1303,11 @@ MISTAKES = [
     Mistake(
         name="clipping parameter by parameter",
         file=OPTIM,
-        old="torch.nn.utils.clip_grads_with_norm_(model.parameters(), MAX_GRAD_NORM, norm)",
-        new="[torch.nn.utils.clip_grad_norm_([p], MAX_GRAD_NORM) for p in model.parameters()]",
+        old="clip_grads_with_norm_(model.parameters(), MAX_GRAD_NORM, norm)",
+        new=(
+            "[torch.nn.utils.clip_grad_norm_([p], MAX_GRAD_NORM) for p in "
+            "model.parameters()]"
+        ),
         test="test_faults.py::test_update_clips_the_norm_of_the_whole_gradient",
     ),
     Mistake(
@@ -1302,14 +1319,14 @@ MISTAKES = [
     ),
     Mistake(
         name="a step with NaN",
-        file=RUNS,
+        file=NONFINITE,
         old="if all(map(math.isfinite, sum(losses, []) + list(norms))):",
         new="if True:",
         test="test_runs.py::test_a_step_that_is_not_finite_is_reproduced_from_its_report",
     ),
     Mistake(
         name="a resume that forgets the optimizer",
-        file=RUNS,
+        file=RUN_FOLDER,
         old="            if state:",
         new="            if False:",
         test="test_runs.py::test_state_resumes_bit_for_bit",
@@ -1325,8 +1342,8 @@ MISTAKES = [
     Mistake(
         name="top-p one token too many",
         file=GENERATE,
-        old="before < top_p",
-        new="before <= top_p",
+        old="likelier < top_p",
+        new="likelier <= top_p",
         test="test_generate.py::test_top_p_is_the_smallest_set",
     ),
     Mistake(
@@ -1339,20 +1356,20 @@ MISTAKES = [
     Mistake(
         name="a response without its EOS",
         file=GENERATE,
-        old="r + 1, lengths[alive]",
-        new="r, lengths[alive]",
+        old="torch.where(ends, t + 1,",
+        new="torch.where(ends, t,",
         test="test_generate.py::test_cached_is_uncached",
     ),
     Mistake(
         name="samples see the prompt's padding",
         file=GENERATE,
-        old="torch.full((B, longest), -1)",
-        new="torch.zeros(B, longest, dtype=torch.long)",
+        old="torch.full((B, P), -1)",
+        new="torch.zeros(B, P, dtype=torch.long)",
         test="test_generate.py::test_cached_is_uncached",
     ),
     Mistake(
         name="a cache that forgets branches",
-        file=GPT2,
+        file=ATTENTION,
         old="else self.branch[:, : self.used]",
         new="else 0 * self.branch[:, : self.used]",
         test="test_generate.py::test_cached_is_uncached",
@@ -1360,37 +1377,37 @@ MISTAKES = [
     # --------------------------------------------------------------------------------- Faster paths
     Mistake(
         name="flex: rows see each other",
-        file=GPT2,
+        file=ATTENTION,
         old="(row[i] == row[j]) & (j <= i)",
         new="(j <= i)",
-        test="test_paths.py::test_who_sees_whom_in_flex_attention[gpt2]",
+        test="test_paths.py::test_who_sees_whom_in_flex_attention",
     ),
     Mistake(
         name="flex: columns see later ones",
-        file=LLAMA,
+        file=ATTENTION,
         old="(row[i] == row[j]) & (j <= i)",
         new="(row[i] == row[j])",
         test="test_paths.py::test_every_path_is_each_response_alone[llama-flex]",
     ),
     Mistake(
         name="dense: columns see later ones",
-        file=GPT2,
-        old="[visible(mine[None], mine[None]) for mine in",
-        new="[visible(mine[None], mine[None]) | visible(mine[None], mine[None]).mT for mine in",
+        file=ATTENTION,
+        old="prefix_mask(row[None], row[None]) for",
+        new="prefix_mask(row[None], row[None]) | prefix_mask(row[None], row[None]).mT for",
         test="test_paths.py::test_every_path_is_each_response_alone[gpt2-dense]",
     ),
     Mistake(
         name="the last block's columns counted with padding",
-        file=LLAMA,
-        old="torch.searchsorted(index, at)",
+        file=ATTENTION,
+        old="torch.searchsorted(self.index, at)",
         new="at",
         test="test_paths.py::test_every_path_is_each_response_alone[llama-dense]",
     ),
     Mistake(
         name="a chunk without its temperature",
         file=HEADS,
-        old="*chunk, temperature, entropy, use",
-        new="*chunk, 1.0, entropy, use",
+        old="(*chunk, temperature, return_entropy)",
+        new="(*chunk, 1.0, return_entropy)",
         test="test_paths.py::test_every_path_is_each_response_alone[gpt2-chunked]",
     ),
     Mistake(
@@ -1401,63 +1418,66 @@ MISTAKES = [
         test="test_paths.py::test_bfloat16_moves_little[gpt2]",
     ),
     Mistake(
-        name="recompute accepted and ignored",
-        file=GPT2,
-        old="if self.activation_checkpointing and torch.is_grad_enabled()",
+        name="activation checkpointing accepted and ignored",
+        file=ATTENTION,
+        old="if activation_checkpointing and torch.is_grad_enabled()",
         new="if False",
         test="test_paths.py::test_recompute_keeps_less_than_half[gpt2]",
     ),
     Mistake(
         name="oneDNN without the bias",
-        file=SPEED,
-        old="layer.weight, layer.bias,",
-        new="layer.weight, None,",
+        file=KERNELS,
+        old="layer.weight.t(), layer.bias)",
+        new="layer.weight.t())",
         test="test_paths.py::test_decoding_with_onednn_says_the_same",
     ),
     Mistake(
         name="the last block counted in full",
         file=SPEED,
-        old="read * late)",
-        new="columns * late)",
+        old="tokens_read * after_attention",
+        new="num_tokens * after_attention",
         test="test_speed.py::test_operations_of_gpt2_by_hand",
     ),
     # ---------------------------------------------------------------------------- Several processes
     Mistake(
         name="each process counts its own share",
         file=TRAIN_SFT,
-        old="for row in chosen for response in row.responses)     #",
+        old="num_tokens = sum(row.num_response_tokens for row in step_rows)",
         new=(
-            "for part in parts[dist.rank()] for i in part for response in chosen[i].responses)     "
-            "#"
+            "num_tokens = sum(step_rows[i].num_response_tokens for ids in "
+            "plan[dist.rank()] for i in ids)"
         ),
         test="test_processes.py::test_the_same_update[sft-two processes]",
     ),
     Mistake(
         name="gradients that nobody adds up",
         file=DIST,
-        old="waiting.append(distributed.all_reduce(parameter.grad, async_op=True))",
+        old="pending.append(distributed.all_reduce(parameter.grad, async_op=True))",
         new="pass",
         test="test_processes.py::test_the_same_update[sft-two processes]",
     ),
     Mistake(
         name="a loss of one process in the log",
         file=TRAIN_SFT,
-        old="loss=sum(map(sum, losses))",
-        new="loss=sum(losses[0])",
+        old="loss=sum(map(sum, gathered_losses))",
+        new="loss=sum(gathered_losses[0])",
         test="test_processes.py::test_the_same_update[sft-two processes]",
     ),
     Mistake(
         name="early stop, KL and logs of one process",
         file=TRAIN_PPO,
-        old="sum(numbers.get(name, 0.0) for numbers in told)",
-        new="told[0].get(name, 0.0)",
+        old="for process_stats in gathered_stats:",
+        new="for process_stats in gathered_stats[:1]:",
         test="test_processes.py::test_the_same_update[ppo-two processes]",
     ),
     Mistake(
         name="a rollout of one process",
         file=TRAIN_PPO,
-        old="    for tensor in tensors:\n        dist.add(tensor)\n",
-        new="",
+        old=(
+            "    for tensor in (old_logprobs, ref_logprobs, values, entropy):\n        "
+            "dist.all_reduce(tensor)"
+        ),
+        new="    for tensor in ():\n        dist.all_reduce(tensor)",
         test="test_processes.py::test_the_same_update[ppo-two processes]",
     ),
 ]

@@ -16,7 +16,6 @@ from nanorlhf.batching import (
     batch_indices,
     encode_all,
     micro_batches,
-    pack,
     pack_rows,
     partition,
     permutation,
@@ -405,6 +404,11 @@ class Letters:
         return [self.bos_id] * (self.bos_id is not None) + self.encode(text)
 
 
+def pack(groups, tokenizer, **label_options):
+    """Groups of text -> Batch, whatever their length."""
+    return pack_rows(encode_all(groups, tokenizer, 10**9, **label_options)[0])
+
+
 def ids(text):
     return [ord(letter) for letter in text]
 
@@ -468,16 +472,14 @@ def test_encode_all_at_random():
         assert cut == reasons["prompt cut from the left (kept)"] > 0
 
 
-def test_pack_refuses_with_one_line():
+def test_what_does_not_fit_is_counted_by_its_reason():
     groups = [Group("abcdef", [Response("xyz")]), Group("ab", [Response("x")])]
     assert pack(groups, Letters()).tokens.shape == (2, 11)                              # BOS + 6 + 3 + EOS
-    assert pack(groups, Letters(), 11).tokens.tolist() == pack(groups, Letters()).tokens.tolist()
-    for context, words in ((10, "1 of 2 groups: prompt and response over 10 tokens"), (4, "1 of 2 groups: response of 4 tokens")):
-        with pytest.raises(InputError, match=words) as error:
-            pack(groups, Letters(), context)
-        assert "\n" not in str(error.value)
-    # both reasons, at 4: xyz + EOS fills the context, BOS + 2 + 1 + EOS makes 5
-    assert str(error.value) == "1 of 2 groups: response of 4 tokens (--max_length) or more; 1 of 2 groups: prompt and response over 4 tokens (--max_length)"
+    for limit, reasons in ((11, {}), (10, {"prompt and response over 10 tokens (--max_length)": 1}),
+                           # xyz + EOS fills the context, BOS + 2 + 1 + EOS makes 5
+                           (4, {"response of 4 tokens (--max_length) or more": 1, "prompt and response over 4 tokens (--max_length)": 1})):
+        rows, found = encode_all(groups, Letters(), limit)
+        assert found == reasons and len(rows) == 2 - sum(reasons.values())
     for length, context, found in ((0, 64, 64), (32, 64, 32), (64, 64, 64)):
         assert context_limit(length, context) == found
     with pytest.raises(InputError, match="--max_length 65: the model's context is 64"):

@@ -113,7 +113,7 @@ def test_other_losses_are_refused_and_nothing_is_written(folder, tmp_path, monke
     full = cli.parse(sft_fairytale.Config, ["--data", str(folder), "--runs", "1"])
     for theirs in (1.001, float("nan")):
         with pytest.raises(read.InputError, match="not the same work: the loss of step 1 is 1 here"):
-            bench.measure(full, ROW, lambda: side([1, 1]), lambda: side([1, 1], [theirs]))
+            bench.measure(full, ROW, lambda: side([1, 1]), lambda theirs=theirs: side([1, 1], [theirs]))
     with pytest.raises(read.InputError, match="step 2"):                               # the same first loss, another optimizer
         bench.measure(full, ROW, lambda: side([1, 1], [1, 0.9]), lambda: side([1, 1], [1, 0.8]), later=1e-3)
     assert written == []
@@ -274,9 +274,19 @@ def test_what_a_backward_keeps_grows_by_the_layer_and_column(family, config, dty
     assert found == pytest.approx(sum(storage.nbytes() for storage in held.values()) + more, rel=0.01)
 
 
+def test_frozen_models_hold_their_blocks_matrices_in_bfloat16():
+    # GPT-2 124M: a block has 768 x (2304 + 768 + 3072 + 3072) = 7,077,888 numbers in matrices, and 2304 + 768 + 3072 + 768 = 6,912
+    # biases of the same layers; LLaMA-7B: 4 x 4096 x 4096 + 3 x 4096 x 11008 = 202,375,168
+    gpt2_124m = (gpt2.GPT2, gpt2.SIZES["gpt2"])
+    assert memory.frozen_bytes(*gpt2_124m, "float32") == 4 * 124_439_808
+    assert memory.frozen_bytes(*gpt2_124m, "bfloat16") == 4 * 124_439_808 - 2 * 12 * (7_077_888 + 6_912)
+    without_head = 6_738_415_616 - 32_000 * 4096
+    assert memory.frozen_bytes(llama.Llama, llama.SIZES["llama-7b"], "bfloat16", head=False) == 4 * without_head - 2 * 32 * 202_375_168
+
+
 def test_a_stage_adds_up():
-    # a thousand million trained parameters have 16 bytes each, half as many frozen ones 4
-    line = memory.stage("train_ppo.py", 2**30, 2**29, 3 * 2**30, 2**29)
+    # a thousand million trained parameters have 16 bytes each; the rest is given in bytes
+    line = memory.stage("train_ppo.py", 2**30, 2 * 2**30, 3 * 2**30, 2**29)
     assert list(line.values()) == ["train_ppo.py", 16.0, 2.0, 3.0, 0.5, 21.5]
     assert memory.parameters(gpt2.GPT2, gpt2.SIZES["gpt2"]) == 124_439_808             # as published: 124M
     assert memory.parameters(llama.Llama, llama.SIZES["llama-7b"]) == 6_738_415_616    # as published: 6.7B

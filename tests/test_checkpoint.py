@@ -22,7 +22,7 @@ FAMILIES = ["gpt2", "llama"]
 
 def our_trunk(family, tok, **options):
     """As small as tests/test_models.py's; one row a token, so that GPT-2's padding id is one beyond the table."""
-    kind = hub.FAMILIES[family]
+    kind = hub.FAMILIES[family].Trunk
     sizes = dict(n_positions=64, n_embd=32, n_layer=2, n_head=4) if family == "gpt2" else {**LLAMA, "num_key_value_heads": 2}
     return scramble(kind(kind.Config(**{**sizes, "vocab_size": tok.vocab_size, **options})))
 

@@ -137,17 +137,19 @@ def test_the_scripts_document_every_flag(script):
 
 def test_check_bounds():
     ok = Config("x")
-    check_bounds(ok, k=(1, None), lr=(0, 1), kl_coef=(0, None))
+    check_bounds(ok, k=1, lr=(0, 1), kl_coef=0)
     check_bounds(Config("x", k=1, lr=1.0), k=(1, 4), lr=(0, 1))                        # the bounds themselves are allowed
     check_bounds(Config("x", k=4, lr=0.0), k=(1, 4), lr=(0, 1))
     nan, inf = float("nan"), float("inf")
-    for bad, bounds, words in ((Config("x", k=0), dict(k=(1, None)), "--k 0: must be at least 1"),
+    for bad, bounds, words in ((Config("x", k=0), dict(k=1), "--k 0: must be at least 1"),
                                (Config("x", k=5), dict(k=(1, 4)), "--k 5: must be between 1 and 4"),
-                               (Config("x", lr=-1e-9), dict(k=(1, None), lr=(0, 1)), "--lr -1e-09: must be between 0 and 1"),
+                               (Config("x", lr=-1e-9), dict(k=1, lr=(0, 1)), "--lr -1e-09: must be between 0 and 1"),
                                (Config("x", lr=nan), dict(lr=(0, 1)), "--lr nan: must be between 0 and 1"),
-                               (Config("x", lr=nan), dict(lr=(0, None)), "--lr nan: must be at least 0"),
+                               (Config("x", lr=nan), dict(lr=0), "--lr nan: must be at least 0"),
                                (Config("x", lr=inf), dict(lr=(0, 1)), "--lr inf: must be between 0 and 1"),
-                               (Config("x", lr=-inf), dict(lr=(0, None)), "--lr -inf: must be at least 0")):
+                               (Config("x", lr=-inf), dict(lr=0), "--lr -inf: must be at least 0"),
+                               (Config("x", lr=nan), {}, "--lr nan: must be at least 0"),         # a field without bounds: not below 0
+                               (Config("x", k=-1), dict(lr=(0, 1)), "--k -1: must be at least 0")):
         with pytest.raises(InputError) as error:
             check_bounds(bad, **bounds)
         assert str(error.value) == words

@@ -271,7 +271,7 @@ def test_fairytaleqa_by_hand(tmp_path):
 # ------------------------------------------------------------------------------------------------- what is wrong, and where
 
 GOOD = '{"prompt": "p", "responses": [{"text": " a"}]}\n'
-RESPONSE = lambda words: '{"prompt": "p", "responses": [{"text": " a", %s}]}' % words
+RESPONSE = lambda words: f'{{"prompt": "p", "responses": [{{"text": " a", {words}}}]}}'
 BAD_LINES = {
     "not JSON": '{"prompt": "p", "responses": [{"text": " a"', "not  JSON": "prompt,text", "not JSON ": '{"prompt": "a" "b"}', "expected an object": '["prompt"]',
     "expected an object ": "17", "expected an object  ": "null", '"prompt"': '{"responses": []}', '"prompt" ': '{"prompt": 3}', '"prompt"  ': '{"prompt": null}',
@@ -309,7 +309,7 @@ def test_bad_files(tmp_path):
     refused(lambda: read_groups(tmp_path), f"{tmp_path}: cannot be read")
     refused(lambda: load(tmp_path), f"{tmp_path}: neither FairytaleQA", "train.jsonl")
     for content in ("", "\n \n", "\ufeff"):
-        refused(lambda: load(write(tmp_path / "empty.jsonl", content)), "empty.jsonl: the file is empty")
+        refused(lambda content=content: load(write(tmp_path / "empty.jsonl", content)), "empty.jsonl: the file is empty")
     refused(lambda: load(write(tmp_path / "empty.jsonl.gz", "")), "empty.jsonl.gz: the file is empty")
     refused(lambda: load(write(tmp_path / "dropped.jsonl", [{"prompt": "p", "responses": [{"text": ""}]}])), "dropped.jsonl: no group left", "'empty response': 1")
     # encodings: Latin-1 in the third line, a UTF-16 file, gzip without its name
@@ -322,7 +322,7 @@ def test_bad_files(tmp_path):
     for raw in (packed[:-20], packed[:5], packed[:10], flipped, packed[:-8] + b"\0" * 8, GOOD.encode()):
         path = tmp_path / "broken.jsonl.gz"
         path.write_bytes(raw)
-        refused(lambda: load(path), f"{path}: cannot be read")
+        refused(lambda path=path: load(path), f"{path}: cannot be read")
 
 
 @pytest.mark.parametrize("story, questions, words", [

@@ -122,7 +122,6 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm(bad):
 # ------------------------------------------------------------------------------------- the mistakes
 
 
-@pytest.mark.skip(reason="texts have moved")
 def test_every_mistake_has_its_place():
     # after a refactoring, a mistake whose text is gone says so here, not in the minutes of -m faults
     for mistake in MISTAKES:

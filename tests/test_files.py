@@ -59,7 +59,7 @@ def test_whole_at_every_instant(listed, tmp_path, monkeypatch):
         if not listed:                               # a folder from elsewhere, or whose list somebody has removed
             (folder / files.SUMS).unlink()
 
-        def killed(*paths):
+        def killed(*paths, left=left):
             if not left[0]:
                 raise Killed
             left[0] -= 1

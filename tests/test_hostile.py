@@ -146,7 +146,7 @@ def test_how_deep_json_may_be(tmp_path):
     """The object itself is one level: 99 lists inside are 100."""
     for n, fine in ((99, True), (100, False)):
         path = write(tmp_path / "a.jsonl", f'{{"prompt": "p", "x": {"[" * n}{"]" * n}}}\n')
-        groups = data.read_groups(path)[0] if fine else refused(lambda: data.read_groups(path), "more than 100 levels deep")
+        groups = data.read_groups(path)[0] if fine else refused(lambda path=path: data.read_groups(path), "more than 100 levels deep")
         assert not fine or data.read_groups(write(tmp_path / "b.jsonl", data.write_groups(groups)))[0] == groups
 
 
@@ -305,7 +305,7 @@ def test_a_tokenizer_file_beyond_the_bound(sound, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_BYTES", 1000)
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json, merges.txt"):
         folder = folder_of(sound, name, tmp_path / name)
-        refused(lambda: hub.load_tokenizer(folder), str(folder), "more than 1,000 bytes")
+        refused(lambda folder=folder: hub.load_tokenizer(folder), str(folder), "more than 1,000 bytes")
 
 
 # -------------------------------------------------------------------------------------------------------- judges, the page
@@ -326,13 +326,13 @@ def test_a_deep_line_in_the_cache(tmp_path):
 @pytest.mark.parametrize("flags", ["[]", "5", '{"kappa": "1"}', '{"kappa": NaN}', '{"kappa": true}', '{"labels": "best"}', '{"labels": []}'])
 def test_flags_that_no_training_had(flags, sound, tmp_path):
     folder = folder_of(sound, "evaluate --reward", tmp_path / "run")
-    (folder / "config.json").write_text('{"flags": %s}' % flags)
+    (folder / "config.json").write_text(f'{{"flags": {flags}}}')
     refused(lambda: hostile.measured(folder), f"{folder}/config.json: flags ", "are not those of train_rm.py")
 
 
 def test_what_a_reference_drops_is_said(tmp_path, capsys):
     folder = fairytale(tmp_path, STORY, "cor_section,question\n1,Who?\n9,Where?\n")
-    judge.make(judge.Config("reference", "x", reference=str(folder)))
+    judge.load_judge(judge.Config("reference", "x", reference=str(folder)))
     assert capsys.readouterr().out == f"{folder}: dropped {{'question about a section that the story lacks': 2}}\n"          # one a split
 
 

@@ -63,7 +63,8 @@ def test_scoring_ties_do_not_depend_on_who_else_is_asked_about():
 def test_scoring_gives_the_prompt_and_refuses_what_is_no_score():
     assert Scoring(lambda prompts, responses: [p == "p" and r == "a" for p, r in zip(prompts, responses)]).rank("p", ["b", "a"]) == [1, 0]
     for scores in ([1.0], [1.0, float("nan")], [1.0, float("inf")]):
-        refused(lambda: Scoring(lambda prompts, responses: scores).rank("p", ["a", "b"]), "one finite number each")
+        judge = Scoring(lambda prompts, responses, scores=scores: scores)
+        refused(lambda judge=judge: judge.rank("p", ["a", "b"]), "one finite number each")
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -371,7 +372,7 @@ def test_patience_ends(server, ask):
 def test_refusals_end_at_once(server, ask, code):
     for echo in (lambda handler: handler.raw({"error": {"message": f"Bearer {SECRET} is wrong"}}, code), lambda handler: handler.raw(f"Authorization: Bearer {SECRET}\n" * 99, code)):
         server.script, found = [echo], ask()
-        refused(lambda: found.rank("p", ["a 1", "b 2"]), f"HTTP {code}", "[key]", MODEL)
+        refused(lambda found=found: found.rank("p", ["a 1", "b 2"]), f"HTTP {code}", "[key]", MODEL)
         assert found.waits == []
     assert len(server.seen) == 2 and not found.path.exists()
     server.script = [value("x" * 175 + SECRET, status=code)]                  # cut in the middle of the key, were it cut before it is taken out
@@ -505,7 +506,7 @@ def test_mistakes_are_one_line(server, ask, tmp_path, monkeypatch):
             (["--judge", "replay", "--reference", "no.jsonl"] + openai[2:6], "--reference no.jsonl: no such file"), (["--judge", "reference"] + openai[2:6], "--reference is missing"),
             (["--judge", "replay", "--reference", openai[3], "--dry_run"] + openai[2:6], "--dry_run"), (["--judge", "replay", "--reference", openai[3]] + openai[2:6], "no place"),
             (["--judge", "no.py:score"] + openai[2:6], "no.py")]:
-        refused(lambda: main(words), said)
+        refused(lambda words=words: main(words), said)
     assert not server.seen and not (tmp_path / "out.jsonl").exists() and not (tmp_path / "cache.jsonl").exists()
     monkeypatch.setenv("OPENAI_API_KEY", "")
     ended = subprocess.run([sys.executable, "-m", "nanorlhf.study.judge", *openai], cwd=ROOT, capture_output=True, text=True)

@@ -77,7 +77,7 @@ def test_ranked_pairs():
 
 def test_no_pair_at_all_is_zero():
     for place, valid in [([1.0, 1.0], [True, True]), ([0.0, 1.0], [True, False]), ([0.0, 1.0], [False, False])]:
-        loss, grad = gradient(lambda s: ranking_loss(s, torch.tensor([place]), torch.tensor([valid])), torch.tensor([[3.0, NAN if not valid[1] else 1.0]]))
+        loss, grad = gradient(lambda s, place=place, valid=valid: ranking_loss(s, torch.tensor([place]), torch.tensor([valid])), torch.tensor([[3.0, NAN if not valid[1] else 1.0]]))
         assert loss.item() == 0 and (grad == 0).all()
 
 
@@ -186,7 +186,7 @@ def test_quantile_loss_means_over_targets_then_over_responses():
 def test_quantile_loss_at_extremes():
     # u = 100 and -100, tau .25:  .25 * 99.5 and .75 * 99.5;  the gradient in q is -tau kappa and (1 - tau) kappa
     for target, expected, slope in [(100.0, 0.25 * 99.5, -0.25), (-100.0, 0.75 * 99.5, 0.75)]:
-        loss, grad = gradient(lambda q: quantile_huber_loss(q, torch.tensor([target]), torch.tensor([0.25]), 1.0), torch.zeros(1))
+        loss, grad = gradient(lambda q, target=target: quantile_huber_loss(q, torch.tensor([target]), torch.tensor([0.25]), 1.0), torch.zeros(1))
         assert loss.item() == expected and grad.tolist() == [slope]
 
 
@@ -239,8 +239,8 @@ def test_kappa_one_on_labels(good):
     # l < 0 is the mirror image:  q = sign(l) (1 - e^-|l|)
     targets, p = torch.tensor([1.0] * good + [-1.0] * (10 - good), dtype=torch.float64), good / 10
     levels = quantile_levels(10)
-    l = math.log(p / (1 - p)) + torch.logit(levels)
-    assert torch.allclose(optimum(targets, levels, 1.0), l.sign() * (1 - torch.exp(-l.abs())), atol=1e-9)
+    logit = math.log(p / (1 - p)) + torch.logit(levels)
+    assert torch.allclose(optimum(targets, levels, 1.0), logit.sign() * (1 - torch.exp(-logit.abs())), atol=1e-9)
 
 
 # -------------------------------------------------------------------------------------------- every loss, the same promises

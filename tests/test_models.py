@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanorlhf import generate
+from nanorlhf import generate, llama
 from nanorlhf.batching import Row, pack_rows
 from nanorlhf.heads import Policy
 from nanorlhf.io import hub, tokenizer
@@ -135,7 +135,7 @@ def test_logits_there_and_back(case, tmp_path):
 def test_saved_config_spells_rope_for_both_releases(case, tmp_path):
     # transformers 5 reads the one and 4 the other, so each must say it all without the other
     family, options = CASES[case]
-    trunk = scramble(hub.llama.Llama(hub.trunk_config({"model_type": "llama", **LLAMA, **options}, "config.json")[1]))
+    trunk = scramble(llama.Llama(hub.trunk_config({"model_type": "llama", **LLAMA, **options}, "config.json")[1]))
     hub.save_policy(tmp_path, Policy(trunk), tiny_tokenizer("llama"))
     values = json.loads((tmp_path / "config.json").read_text())
     for others in (["rope_parameters"], ["rope_theta", "rope_scaling"]):

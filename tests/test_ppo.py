@@ -110,7 +110,7 @@ def test_gae_is_the_sum_of_discounted_deltas():
         r, v = rewards[b, :n].tolist(), values[b, :n].tolist() + [0.0]
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
         for t in range(7):
-            expected = sum((gamma * lam) ** l * delta[t + l] for l in range(n - t)) if t < n else 0.0
+            expected = sum((gamma * lam) ** step * delta[t + step] for step in range(n - t)) if t < n else 0.0
             assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
             assert returns[b, t].item() == pytest.approx(expected + v[t] if t < n else 0.0, abs=1e-12)
 
@@ -165,8 +165,8 @@ def test_whiten_of_a_deviation_as_small_as_its_epsilon():
 def test_moments_add_up_over_processes():
     mask, x = uneven(5, 2, 0, 4, width=5), random(4, 5)
     x = x.masked_fill(~mask, NAN)
-    assert ppo.masked_sums(torch.tensor([1.0, -2, NAN]), torch.tensor([True, True, False])).tolist() == [2, -1, 5]
-    total = ppo.masked_sums(x[:1], mask[:1]) + ppo.masked_sums(x[1:], mask[1:])
+    assert ppo.moments(torch.tensor([1.0, -2, NAN]), torch.tensor([True, True, False])).tolist() == [2, -1, 5]
+    total = ppo.moments(x[:1], mask[:1]) + ppo.moments(x[1:], mask[1:])
     halves = torch.cat([ppo.whiten(x[:1], mask[:1], total), ppo.whiten(x[1:], mask[1:], total)])
     assert torch.allclose(halves, ppo.whiten(x, mask), atol=1e-12)
     assert not torch.allclose(ppo.whiten(x[:1], mask[:1]), halves[:1], atol=0.01)                 # alone it is another one

@@ -75,7 +75,7 @@ def a_rollout(policy, config):
     prompts = [Row([1 + i % 5, i % 3, 2], [], i) for i in range(config.groups)]
     rows = train_ppo.generate_responses(setup, prompts, Stream.ROLLOUT, 0, config.k)
     rollout = train_ppo.score_responses(setup, rows, [""] * len(rows), 0)
-    train_ppo.evaluate_rollout(setup, rollout)
+    train_ppo.compute_logprobs_and_values(setup, rollout)
     return rollout
 
 
@@ -217,5 +217,5 @@ def test_the_critic_learns_by_vf_coef():
         learn(policy, rollout, config, 0.02)
         assert policy.value_head.weight.any() == (vf_coef > 0)
         values, mask = policy(pack_rows(rollout.rows)).values.detach(), rollout.response_mask
-        error = lambda v: ppo.masked_mean((v - rollout.returns) ** 2, mask).item()
+        error = lambda v, rollout=rollout, mask=mask: ppo.masked_mean((v - rollout.returns) ** 2, mask).item()
         assert (error(values) < 0.9 * error(rollout.values)) == (vf_coef > 0)

@@ -67,7 +67,7 @@ def test_policy_reaches_the_enumerable_optimum(k, seed):
         prompts = [Row([4], [], index) for index in range(config.groups)]
         rows = train_ppo.generate_responses(setup, prompts, Stream.ROLLOUT, step, k)
         rollout = train_ppo.score_responses(setup, rows, [""] * config.groups, step)
-        train_ppo.evaluate_rollout(setup, rollout)
+        train_ppo.compute_logprobs_and_values(setup, rollout)
         train_ppo.compute_advantages(rollout, config.kl_coef, config)
         train_ppo.update(setup, optimizer, guard, rollout, step, optim.learning_rate(config.lr, step, steps, "linear"))
     found = table(policy.trunk)

@@ -375,10 +375,10 @@ def test_torchrun(jobs, world, folder):
 
 @pytest.mark.slow
 def test_the_job_file(world, folder, tmp_path):
-    """README's job file under bash, with stand-ins for Slurm's commands; the queue's SIGTERM comes after a few steps."""
-    text = re.search(r"```sbatch\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    """The job file of docs/cluster.md under bash, with stand-ins for Slurm's commands; the queue's SIGTERM comes after a few steps."""
+    text = re.search(r"```sbatch\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)[1]
     script, flags = flags_of(world, "ppo", folder / "queued", steps=400, save_every=1000)
-    job, ours = re.subn(r"train_ppo\.py --data .*? &\n", f"{ROOT / script}.py {' '.join(f'--{key} {value}' for key, value in flags.items())} &\n", text)
+    job, ours = re.subn(r"train_ppo\.py --data .*? &\n", f"{ROOT / script}.py {' '.join(f'--{key} {value}' for key, value in flags.items())} &\n", text, flags=re.DOTALL)
     job = job.replace("--nproc_per_node=8", "--nproc_per_node=2").replace("29500", "29517")
     assert ours == 1 and "--nproc_per_node=2" in job
     for name, body in (("srun", f'"$@" & echo $! > {tmp_path / "step"}; trap "kill -KILL $!" TERM; wait $!'),      # as Slurm's: SIGTERM to it kills the tasks

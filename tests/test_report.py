@@ -20,7 +20,7 @@ EVIL = '<script>alert(1)</script>"&\''
 
 def policy(name, shift):
     return {"gold": GOLD[name] + shift, "judges": {judge.name: GOLD[name] + shift for judge in world.PANEL}, "answerable": 0.9, "missing": 0.1,
-            "kinds": {kind: 1 / 6 for kind in world.KINDS}, "n": 100, "distinct": 1.0, "words": 7.0, "kl": 1.0, "entropy": 0.5 if name == "classification" else 0.4, "tokens": 8.0}
+            "kinds": {kind: 1 / 6 for kind in world.QUESTION_TYPES}, "n": 100, "distinct": 1.0, "words": 7.0, "kl": 1.0, "entropy": 0.5 if name == "classification" else 0.4, "tokens": 8.0}
 
 
 def duel(wins, ties, losses):

@@ -18,9 +18,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import train_ppo
 import train_rm
 import train_sft
@@ -33,6 +30,7 @@ from nanorlhf.reward import FunctionReward
 from nanorlhf.run import cli, dist, run_folder
 from nanorlhf.run.log import Log
 
+ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ((" it was glad", 0, 1, [0.9, 0.7]), (" it was calm", 1, 0, [0.1, 0.2]), (" it was sad", 2, 0, [-0.8, -0.6]))   # text, place, label, scores
 PROMPTS = [f"the {who} saw the {what}:" for who in ("fox", "king", "queen", "bear", "crow", "wolf") for what in ("wood", "house", "river", "tower")]
 FUNCTIONS = '''
@@ -352,7 +350,7 @@ def test_scores_are_clipped_before_the_penalty(world, sft):
     rollout, setup = a_rollout(world, sft, Wild(), max_new_tokens=1, eos_penalty=6)
     assert not rollout.ended.any()                                          # one token is not enough
     assert rollout.normalised[0].tolist() == pytest.approx([10, -10, 5, -5]) and rollout.scores[0].tolist() == pytest.approx([4, -16, -1, -11])
-    train_ppo.evaluate_rollout(setup, rollout)
+    train_ppo.compute_logprobs_and_values(setup, rollout)
     numbers = train_ppo.rollout_stats(rollout, train_ppo.compute_advantages(rollout, 0.1, setup.config), 0.1)
     assert numbers["score_clipped"] == 0.5 and numbers["score_normalised"] == pytest.approx(0) and numbers["reward"] == pytest.approx(-6)
 

@@ -20,9 +20,11 @@ import torch
 from nanorlhf import gpt2
 from nanorlhf.heads import Policy
 from nanorlhf.io import data, hub, tokenizer
+from nanorlhf.io.read import InputError
 from nanorlhf.run import cli
 from nanorlhf.study import __main__ as study
 from nanorlhf.study import stages, world
+from nanorlhf.study.command import command, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALE = stages.SCALES["smoke"]
@@ -124,9 +126,24 @@ def test_every_arm_and_reward_model_has_flags_that_exist():
     import train_ppo
     import train_rm
     for _, flags in stages.ARMS.values():
-        train_ppo.Config(data="", policy="", reward="", out="", **{"kl_coef": 0.2, **flags}, **stages.ACTOR)
+        words = command("train_ppo.py", data="d", policy="p", reward="r", out="o", **stages.PPO_FLAGS | flags)
+        assert {name: getattr(cli.parse(train_ppo.Config, words[1:]), name) for name in flags} == flags
     for _, flags in stages.REWARDS.values():
-        train_rm.Config(data="", init="", out="", **flags, **stages.SOLID)
+        words = command("train_rm.py", data="d", init="i", out="o", **flags, **stages.TRAIN_FLAGS)
+        assert {name: getattr(cli.parse(train_rm.Config, words[1:]), name) for name in flags} == flags
+
+
+def test_a_command_is_run_here_and_shown_as_one_would_type_it(tmp_path, capsys):
+    out = tmp_path / "a world"
+    words = command("-m nanorlhf.study.world", out=out, passages=4, held_out=2)
+    assert words == ["-m", "nanorlhf.study.world", "--out", str(out), "--passages", "4", "--held_out", "2"]
+    run_command(words)
+    shown = capsys.readouterr().out.splitlines()[0]
+    assert shown == f"python -m nanorlhf.study.world --out '{out}' --passages 4 --held_out 2" and (out / "ppo/val.jsonl").exists()
+    with pytest.raises(InputError, match="is there already"):
+        run_command(words)
+    with pytest.raises(InputError, match="--stepz"):
+        run_command(["train_sft.py", "--data", "d", "--init", "i", "--out", "o", "--stepz", "3"])
 
 
 # ------------------------------------------------------------------------------------------------------- one whole study
@@ -213,7 +230,7 @@ def test_rankings_and_labels_are_of_the_same_samples(smoke):
 
 def test_the_raw_arm_lost_its_normalisation_and_nothing_else(smoke):
     fitted, raw = (hub.load_reward_model(str(smoke["out"] / f"seed0/rm-{name}")) for name in ("classification", "classification-raw"))
-    assert (raw.mean, raw.std) == (0, 1) != (fitted.mean, fitted.std) and raw.transform == fitted.map == "tanh_half"
+    assert (raw.mean, raw.std) == (0, 1) != (fitted.mean, fitted.std) and raw.transform == fitted.transform == "tanh_half"
     assert all(torch.equal(a, b) for a, b in zip(raw.model.parameters(), fitted.model.parameters()))
 
 
@@ -269,7 +286,7 @@ def test_killed_anywhere_it_ends_the_same(smoke, tmp_path):
     began = time.time()
     assert len(kill(out, lambda: time.time() - began > 8)) == 2
     for name in ("seed0/judged", "seed0/ppo-judge"):
-        assert len(kill(out, lambda: name in done(out))) == 2
+        assert len(kill(out, lambda name=name: name in done(out))) == 2
     finish(out)
     names = ("model.safetensors", "results.json", "state-*.safetensors", "*.jsonl")
     whole = {name: raw for name, raw in files(tmp_path / "whole", *names).items() if not name.endswith("metrics.jsonl")}     # seconds are in there
@@ -361,7 +378,7 @@ def by_hand(policy, group, response):
     return policy.trunk.logits(hidden)[0, len(prompt) - 1 : -1].log_softmax(-1), torch.tensor(said)
 
 
-def test_drift_by_hand(tiny):
+def test_kl_to_sft_by_hand(tiny):
     one, other, groups = tiny
     kl, entropy, tokens, responses = 0.0, 0.0, 0, 0
     for group in groups:
@@ -370,14 +387,14 @@ def test_drift_by_hand(tiny):
             kl += (mine - theirs).gather(1, said[:, None]).sum().item()
             entropy -= (mine.exp() * mine).sum().item()
             tokens, responses = tokens + len(said), responses + 1
-    found = stages.drift(one, other, groups)     # nats a response; nats a token; tokens a response
+    found = stages.kl_to_sft(one, other, groups)     # nats a response; nats a token; tokens a response
     assert found["kl"] == pytest.approx(kl / responses, abs=1e-4) and abs(kl) > 0.5
     assert found["entropy"] == pytest.approx(entropy / tokens, abs=1e-5) and found["tokens"] == tokens / responses
 
 
 def test_a_policy_has_not_drifted_from_itself(tiny):
     one, _, groups = tiny
-    assert stages.drift(one, one, groups)["kl"] == 0
+    assert stages.kl_to_sft(one, one, groups)["kl"] == 0
 
 
 FOX = "The fox found the ring in the mill. The fox was glad. The queen lost the harp in the swamp."

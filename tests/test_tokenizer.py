@@ -20,7 +20,7 @@ NASTY = ["", " ", "   ", " a", "a ", "  a   b  ", "\n", "\n\na\n", "\t\tx\t", "a
          "\u2028\u200b\ufeff\ufffd", "</s>", "<s> <unk>", "<|endoftext|>", "a<|im_start|>user", "<0x0A>", "▁", " ▁a ▁▁ b▁", "Ġ", "'S 's 'ſ", "1234567 ½ ٣", "\U00040000\U0010ffff"]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def all_lines():
     """Passages and questions of FairytaleQA and dialogues of HH, mixed: what the studies encode."""
     files = sorted((DATA / "FairytaleQAData").rglob("val/*.csv"))

@@ -128,7 +128,7 @@ def test_a_feeling_belongs_to_what_caused_it():
 ])
 def test_understanding_by_hand(question, kind, answerable, missing):
     found = understand(world.TEMPLATE.format(passage=FOX), question)
-    assert (found.kind, found.answerable, found.missing) == (kind, answerable, missing)
+    assert (found.question_type, found.answerable, found.missing) == (kind, answerable, missing)
 
 
 @pytest.mark.parametrize("left_out", ["The king brought the ring to the fox. ", "The fox thanked the king. "])
@@ -180,7 +180,7 @@ def test_experts_ask_what_the_passage_answers():
         assert len({question for question, _, _ in asked}) == len(asked) == min(6, len(questions(passage)))
         for question, kind, _ in asked:
             reading = understand(prompt, question)
-            assert (reading.kind, reading.answerable, reading.missing) == (kind, True, 0)
+            assert (reading.question_type, reading.answerable, reading.missing) == (kind, True, 0)
     assert len(ask(QUEEN, 20, rng)) == len(HAND[QUEEN])                          # never more than there are
 
 
@@ -188,7 +188,7 @@ def test_four_in_ten_expert_questions_go_deep():
     # every tale has something of both sorts, so the first question is deep with probability .4: 4 deviations of 1,000 draws are .062
     rng = stream(2)
     first = [ask(passage, 1, rng)[0][1] for passage in tales(1000)]
-    assert abs(np.mean([kind in world.DEEP for kind in first]) - 0.4) < 0.062 and set(first) == set(world.KINDS) - {"ill formed"}
+    assert abs(np.mean([kind in world.DEEP for kind in first]) - 0.4) < 0.062 and set(first) == set(world.QUESTION_TYPES) - {"ill formed"}
 
 
 def test_misleading_questions_have_no_answer():
@@ -198,7 +198,7 @@ def test_misleading_questions_have_no_answer():
         assert len(found) == 5
         for question in found:
             reading = understand(passage, question)
-            assert reading.kind != "ill formed" and not reading.answerable
+            assert reading.question_type != "ill formed" and not reading.answerable
             missing.append(reading.missing / len(reading.words))
     # three in four words are the passage's, fewer where it has none of that sort, more where accident helps
     assert 0.6 < 1 - np.mean(missing) < 0.85 and 0.25 < np.mean([share == 0 for share in missing]) < 0.75
@@ -317,7 +317,7 @@ def test_files_hold_expert_questions_and_reading(tmp_path):
     make(tmp_path / "world", questions=4)
     group = data.load(tmp_path / "world" / "sft").train[0]
     assert group.prompt.endswith(".\nQuestion:") and len(group.responses) == 4
-    assert all(r.text.startswith(" ") and r.label == 1 and understand(group.prompt, r.text).kind == r.extra["kind"] for r in group.responses)
+    assert all(r.text.startswith(" ") and r.label == 1 and understand(group.prompt, r.text).question_type == r.extra["kind"] for r in group.responses)
     lines = data.load(tmp_path / "world" / "read").held_out[0].responses
     assert sum(r.text.endswith(f"? {UNKNOWN}") for r in lines) == 2 and len(lines) == 4
 
@@ -365,11 +365,11 @@ def test_the_panel_is_a_reward_function():
 
 # ------------------------------------------------------------------------------------------------- the small models' start
 
-def test_turn_moves_waves():
+def test_a_shift_moves_waves():
     places = torch.arange(100)
     for columns in (1, 2, 3, 17):            # float32 knows an angle of 3 * 100 to 2e-5
-        assert torch.allclose(small.waves(places) @ small.turn(columns), small.waves(places + columns), atol=1e-4)
-    assert torch.equal(small.turn(0), torch.eye(small.PLACE))
+        assert torch.allclose(small.position_waves(places) @ small.shift_matrix(columns), small.position_waves(places + columns), atol=1e-4)
+    assert torch.equal(small.shift_matrix(0), torch.eye(small.POSITION_DIMS))
 
 
 @torch.no_grad()
@@ -429,7 +429,7 @@ def test_small_models_load_and_are_the_seeds_alone(family, exact, texts, tmp_pat
     tok, trunk = policy.tokenizer, policy.trunk
     assert trunk.family == family and trunk.config.context == small.CONTEXT and trunk.width == small.WIDTH
     # byte-level BPE ends early when every word of the texts is a token; sentencepiece fills the vocabulary
-    assert tok.vocab_size == small.VOCABULARY if exact else tok.vocab_size <= small.VOCABULARY
+    assert tok.vocab_size == small.VOCAB_SIZE if exact else tok.vocab_size <= small.VOCAB_SIZE
     said = {word for text in texts for word in re.findall(r"[a-z]+", text)}
     assert np.mean([len(tok.encode(f" {word}")) == 1 for word in said]) > 0.5
     assert all(tok.decode(tok.encode(text)) == text for text in texts[:20])

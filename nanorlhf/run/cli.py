@@ -12,17 +12,9 @@ import typing
 
 from ..io.read import InputError
 
-# flags of every training script
+# of the flags that every training script has, see check_bounds
 COMMON_BOUNDS = dict(
-    steps=(1, None),
-    groups=(1, None),
-    max_tokens=(1, None),
-    max_length=(0, None),
-    lr=(0, 10),
-    warmup=(0, None),
-    seed=(0, 2**63 - 1),
-    eval_every=(1, None),
-    save_every=(1, None)
+    steps=1, groups=1, max_tokens=1, lr=(0, 10), seed=(0, 2**63 - 1), eval_every=1, save_every=1
 )
 # the comment lines above a field, its name, the comment after it
 FIELD = re.compile(r"((?:^    #.*\n)*)^    (\w+):[^#\n]*(?:# *(.*))?$", re.MULTILINE)
@@ -84,12 +76,22 @@ def parse(cls, arguments=None):
 
 
 def check_bounds(config, **bounds):
-    """check_bounds(config, k=(1, None), lr=(0, 1)): refuses a field outside [low, high] or NaN."""
-    for name, (low, high) in bounds.items():
-        value = getattr(config, name)
-        if not (value >= low and (high is None or value <= high)):
-            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise InputError(f"--{name} {value}: must be {allowed}")
+    """check_bounds(config, k=1, lr=(0, 1)): refuses a number outside its bounds, or NaN.
+
+    bounds: the least value, or (least, greatest); 0 for a field that is not named
+    """
+    for field in dataclasses.fields(config):
+        if field.type not in (int, float):
+            continue
+        low = bounds.get(field.name, 0)
+        allowed = f"at least {low}"
+        high = float("inf")
+        if isinstance(low, tuple):
+            low, high = low
+            allowed = f"between {low} and {high}"
+        value = getattr(config, field.name)
+        if not low <= value <= high:
+            raise InputError(f"--{field.name} {value}: must be {allowed}")
 
 
 def context_limit(max_length, context):

@@ -135,7 +135,7 @@ def all_gather_object(value):
     return [json.loads(bytes(row[:size])) for row, size in zip(texts.numpy(), sizes)]
 
 
-def gather_by_index(n, local_ids, local_values):
+def all_gather_by_index(n, local_ids, local_values):
     """Every process's values (anything that JSON holds), in the order of the n indices they share.
 
     -> list of n

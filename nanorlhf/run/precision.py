@@ -4,22 +4,21 @@ Under bfloat16 the matrix products are computed in it, while weights that are tr
 losses and optimizer stay float32.
 """
 import torch
-from torch import nn
 
 
-def master_dtype(dtype: str) -> torch.dtype:
+def master_dtype(dtype):
     """Of the weights, and of every number that a loss is computed from."""
     return torch.float64 if dtype == "float64" else torch.float32
 
 
-def autocast(model: nn.Module, dtype: str) -> torch.autocast:
+def autocast(model, dtype):
     """The context of a forward in this number format."""
     device = next(model.parameters()).device
     enabled = dtype == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled)
 
 
-def freeze(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
+def freeze(model, device, dtype):
     """A model that is not trained, on its device.
 
     Under bfloat16 the matrices of its blocks are kept in bfloat16: autocast casts them so in every

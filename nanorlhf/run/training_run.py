@@ -1,9 +1,6 @@
 """What the three training loops share beside the method: their start, evaluations, saves, end."""
-from collections import Counter
-from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from . import dist, optim, run_folder, speed
 from .log import Log
@@ -20,8 +17,7 @@ class TrainingRun:
     """
 
     def __init__(
-        self, config, script: str, model: nn.Module, optimizer,
-        parent: str, progress, resuming: bool, **numbers
+        self, config, script, model, optimizer, parent, progress, resuming, **numbers
     ):
         """parent: the model that it starts from;  progress: keys of the progress line
 
@@ -46,19 +42,19 @@ class TrainingRun:
         self.stop = GracefulStop()
         self.signum = 0
 
-    def poll(self, device: torch.device) -> float:
+    def poll_signals(self, device):
         """Has a signal come, at any process?  -> the greatest memory of a process, GB"""
         local = [self.stop.signum, speed.peak_memory(device)]
         self.signum, memory = map(max, zip(*dist.all_gather_object(local)))
         return memory
 
-    def is_last(self, step: int) -> bool:
+    def is_last(self, step):
         return step + 1 == self.config.steps
 
-    def evaluates(self, step: int) -> bool:
+    def evaluates(self, step):
         return self.is_last(step) or (step + 1) % self.config.eval_every == 0
 
-    def save_if_due(self, step: int, export: Callable[[], None], **numbers):
+    def save_or_stop(self, step, export, **numbers):
         """Saves by --save_every, at the end, and after a signal, which then raises Preempted.
 
         export: writes the model folder;  numbers: what the script adds, as in the constructor
@@ -76,18 +72,24 @@ class TrainingRun:
 
 # ----------------------------------------------------------------------------- lines of the header
 
-def describe_dropped(dropped: Counter) -> str:
+def describe_dropped(dropped):
     return f"{dict(+dropped) or 'nothing'}"
 
 
-def describe_step(config, rows: list) -> str:
+def describe_run(config, rows, dropped, device, optimizer, meter):
+    """The lines that a supervised and a reward model have in common."""
     columns = config.groups * sum(row.num_tokens for row in rows) // len(rows)
     epochs = config.steps * config.groups / len(rows)
-    groups = f"{config.groups} groups, about {columns} columns"
-    return f"{groups}; {config.steps} steps = {epochs:.2f} epochs"
+    return {
+        "dropped": describe_dropped(dropped),
+        "step": f"{config.groups} groups, about {columns} columns; "
+                f"{config.steps} steps = {epochs:.2f} epochs",
+        "numbers": describe_numbers(config, device, optimizer),
+        "machine": meter,
+    }
 
 
-def describe_numbers(config, device: torch.device, optimizer) -> str:
+def describe_numbers(config, device, optimizer):
     processes = f"{dist.world_size()} process{'es' * (dist.world_size() > 1)}"
     return (
         f"{config.dtype} on {device}, {processes} of {torch.get_num_threads()} threads, "

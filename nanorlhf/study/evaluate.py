@@ -24,7 +24,7 @@ from ..metrics import auc
 from ..run import dist
 from ..run.cli import check_bounds, run_script
 from .judge import Config as JudgeConfig
-from .judge import make
+from .judge import load_judge
 
 NAN = float("nan")
 COVERAGE_MARGIN = 0.05           # how far from its level a quantile may cover and still be called right
@@ -413,7 +413,7 @@ def show(found, indent="  "):
 
 def compare_files(config):
     """Win rate of the responses in --a over those in --b."""
-    judge = make(JudgeConfig(config.judge, config.a, reference=config.reference, url=config.url, model=config.model, cache=config.cache))
+    judge = load_judge(JudgeConfig(config.judge, config.a, reference=config.reference, url=config.url, model=config.model, cache=config.cache))
     prompts, a, b, alone, dropped = matched(config.a, config.b, config.k)
     found = win_rate(judge, prompts, a, b)
     if not found["n"]:

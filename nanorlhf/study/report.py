@@ -219,7 +219,7 @@ def section_policies(page, results):
     rows = kind_rows(results)
     page.figure("kinds", "What the policies ask", "The panel likes <em>why</em> and <em>how did it feel</em> best (its tastes are below): part of a "
                 "gain can be a change of the kind of question, not of its quality.",
-                rows, (figures.kinds, rows, "", {"order": world.KINDS, "size": (5.5, 4.7)}))
+                rows, (figures.kinds, rows, "", {"order": world.QUESTION_TYPES, "size": (5.5, 4.7)}))
 
 
 def section_training(page, results, metrics):

@@ -1,7 +1,9 @@
-"""The stages of the study: what each of them runs. All training is done by the three scripts that a user calls, with the flags that are written here.
+"""The stages of the study: what each of them runs. Everything that is trained or sampled is a
+command line of the programs that a user calls, with the flags that are written here.
 
-A study is a folder: reader/ (the reward models' trunk, one for all seeds), seed0/, seed1/ ... (everything else), each stage a run
-folder or a file in it. A stage that is called again finds what it did and goes on: that is all that resuming needs.
+A study is a folder: reader/ (the reward models' trunk, one for all seeds), seed0/, seed1/ ...
+(everything else); each stage writes a run folder or files in it. A stage that is called again finds
+what it did and goes on: that is all that resuming needs.
 """
 import json
 from dataclasses import dataclass
@@ -9,11 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import train_ppo
-import train_rm
-import train_sft
-
-from .. import ppo, sample
+from .. import ppo
 from ..batching import encode_all, micro_batches, pack_rows
 from ..heads import RewardModel
 from ..io import data, hub
@@ -22,30 +20,42 @@ from ..losses import quantile_levels
 from ..reward import TextReward
 from ..run.log import to_json
 from . import evaluate, small, world
+from .command import command, run_command
 from .judge import Scoring
 
 GOLD = f"{world.__file__}:gold"
-TIE = 0.05                               # scores of one multiple of this, of the panel's mean, are a tie
-K = 4                                    # samples of a passage                                                        [paper A, 3.1]
-ACTOR = dict(groups=16, k=K, epochs=2, minibatches=2, lr=3e-4, schedule="constant", warmup=0, max_new_tokens=20, device="cpu")
-SOLID = dict(groups=16, warmup=20, device="cpu")
+TIE = 0.05                   # the panel's means that round to the same multiple of this are a tie
+K = 4                        # samples per passage                                  [paper A, 3.1]
+MAX_TOKENS = 16384           # columns per batch where nothing is trained
+TRAIN_FLAGS = dict(groups=16, warmup=20, device="cpu")                  # train_sft.py, train_rm.py
+PPO_FLAGS = dict(
+    groups=16, k=K, epochs=2, minibatches=2,
+    lr=3e-4, schedule="constant", warmup=0,
+    max_new_tokens=20, device="cpu",
+)
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much of everything."""
     seeds: int
-    passages: int                        # experts' passages for the supervised policy; half as many for rewards and for PPO
-    held_out: int                        # passages that everything is judged on
-    reader: int                          # steps of the reward trunk, which learns to answer questions
-    sft: int                             # steps of the supervised policy
-    rm: int                              # steps of a reward model ...
-    rm_lr: float                         # ... and its learning rate: the better the trunk can read, the less it should be shaken
-    ppo: tuple                           # steps of PPO at which it is looked at
-    overfit: int                         # passages of the small ranking set on which pairs together and apart are compared
+    passages: int            # experts' for the supervised policy; half as many for rewards, for PPO
+    held_out: int            # passages that everything is judged on
+    reader: int              # steps of the reward models' trunk, which learns to answer questions
+    sft: int                 # steps of the supervised policy
+    rm: int                  # steps of a reward model ...
+    rm_lr: float             # ... and its learning rate: a trunk that reads better is changed less
+    ppo: tuple               # steps of PPO after which the policy is measured
+    overfit: int             # passages of the small set on which pairs together and apart compare
 
 
-# arm -> (reward, more flags of train_ppo.py). rm-* are runs of this seed; "raw" stands for a reward model whose normalisation is taken away.
+SCALES = {
+    "smoke": Scale(1, 400, 24, 20, 100, 6, 2e-3, (2, 4), 16),
+    "demo": Scale(2, 8000, 250, 600, 400, 300, 2e-3, (25, 50, 80), 800),
+    "full": Scale(5, 16000, 500, 1500, 800, 800, 1e-3, (25, 50, 100, 150), 1600),
+}
+# arm -> (reward, more flags of train_ppo.py). rm-*: a reward model of this seed;
+# raw: the classification model without its normalisation.
 ARMS = {
     "ranking": ("rm-ranking", {}),
     "classification": ("rm-classification", {}),
@@ -55,272 +65,458 @@ ARMS = {
     "ranking-on-labels": ("rm-ranking-on-labels", {}),
     "classification-on-places": ("rm-classification-on-places", {}),
     "scores-cvar": ("rm-scores", {"statistic": "cvar:0.3"}),
-    "ranking-loose": ("rm-ranking", {"kl_coef": 0.02}),               # a tenth of the KL penalty: what over-optimisation looks like
+    # a tenth of the KL penalty: what over-optimisation looks like
+    "ranking-loose": ("rm-ranking", {"kl_coef": 0.02}),
 }
-# reward model -> (data, flags of train_rm.py). Paper A's are trained on the four samples or on experts and samples, paper B's on pairs.
+QUANTILE = dict(loss="quantile", labels="place")
+# reward model -> (data, flags of train_rm.py). Paper A's are trained on the four samples or on
+# experts and samples, paper B's on pairs.
 REWARDS = {
     "ranking": ("ranked", dict(loss="ranking", labels="place")),
     "classification": ("labelled", dict(loss="classification", labels="label")),
     "ranking-on-labels": ("labelled", dict(loss="ranking", labels="label")),
     "classification-on-places": ("ranked", dict(loss="classification", labels="place")),
     "scalar": ("pairs", dict(loss="ranking", labels="place")),
-    "quantile": ("pairs", dict(loss="quantile", labels="place")),
-    "label": ("pairs", dict(loss="quantile", labels="place", rank_coef=0.0)),
-    "scores": ("pairs", dict(loss="quantile", labels="place", quantile_target="scores", kappa=0.0, rank_coef=0.0)),
-    "self_mean": ("pairs", dict(loss="quantile", labels="place", quantile_target="self_mean")),
-}
-SCALES = {
-    "smoke": Scale(1, 400, 24, 20, 100, 6, 2e-3, (2, 4), 16),
-    "demo": Scale(2, 8000, 250, 600, 400, 300, 2e-3, (25, 50, 80), 800),
-    "full": Scale(5, 16000, 500, 1500, 800, 800, 1e-3, (25, 50, 100, 150), 1600),
+    "quantile": ("pairs", QUANTILE),
+    "label": ("pairs", QUANTILE | dict(rank_coef=0.0)),
+    "scores": ("pairs", QUANTILE | dict(quantile_target="scores", kappa=0.0, rank_coef=0.0)),
+    "self_mean": ("pairs", QUANTILE | dict(quantile_target="self_mean")),
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------- data
 
 def texts_of(path):
     groups, _ = data.read_groups(path)
-    return [text for group in groups for text in (group.prompt, *(response.text for response in group.responses))]
+    texts = []
+    for group in groups:
+        texts.append(group.prompt)
+        texts += [response.text for response in group.responses]
+    return texts
 
 
 def reader(out, scale, seed):
-    """The reward models' trunk: a LLaMA with its own tokenizer that has learnt to answer questions, and to say when a tale does not."""
-    world.write(out, {"world/train": scale.passages, "world/val": scale.held_out}, 6, seed + 2**62, world.reading_lines)
+    """The reward models' trunk: a LLaMA with its own tokenizer that has learnt to answer questions,
+    and to say when a passage does not answer one.
+    """
+    sizes = {"world/train": scale.passages, "world/val": scale.held_out}
+    world.write(out, sizes, 6, seed + 2**62, world.reading_lines)
     small.write(out / "start", "llama", texts_of(out / "world/train.jsonl"), seed)
-    train_sft.main(train_sft.Config(str(out / "world"), str(out / "start"), str(out / "run"), steps=scale.reader, lr=4e-3, seed=seed, eval_every=200, save_every=100, **SOLID))
+    run_command(command(
+        "train_sft.py", data=out / "world", init=out / "start", out=out / "run",
+        steps=scale.reader, lr=4e-3, seed=seed,
+        eval_every=200, save_every=100, **TRAIN_FLAGS,
+    ))
 
 
-def tales(out, scale, seed):
+def make_world(out, scale, seed):
     """This seed's passages and experts' questions, and the policy's start."""
     world.write(out / "world", world.sizes(scale.passages, scale.held_out), 6, seed)
     small.write(out / "start", "gpt2", texts_of(out / "world/sft/train.jsonl"), seed)
 
 
 def sft(out, scale, seed):
-    train_sft.main(train_sft.Config(str(out / "world/sft"), str(out / "start"), str(out / "sft"), steps=scale.sft, lr=5e-3, seed=seed, eval_every=100, save_every=100, **SOLID))
+    run_command(command(
+        "train_sft.py", data=out / "world/sft", init=out / "start", out=out / "sft",
+        steps=scale.sft, lr=5e-3, seed=seed,
+        eval_every=100, save_every=100, **TRAIN_FLAGS,
+    ))
 
 
-def judged(out, scale, seed):
-    """Four samples of each passage for the reward models, ranked by the panel; with the experts' labels; and as pairs of which one judge chose.
+def sample(policy, prompts, path, seed, **flags):
+    """Samples of a policy for every prompt of a part of `prompts`, in the file `path`."""
+    run_command(command(
+        "-m nanorlhf.sample", policy=policy, data=prompts, out=path, seed=seed,
+        max_new_tokens=20, max_tokens=MAX_TOKENS, device="cpu", **flags,
+    ))
 
-    ranked/: places by the panel's mean, scores its ten opinions.  labelled/: experts' questions good, samples bad.
-    pairs/: the samples two by two; a judge drawn for each pair says which is chosen, as a crowd does it, so opinions differ.
+
+def samples_of(group):
+    return [response for response in group.responses if response.label == 0]
+
+
+def ranked_by_panel(group):
+    """The samples of a passage: places by the panel's mean, scores its ten opinions."""
+    samples = samples_of(group)
+    places = Scoring(world.gold, TIE).rank(group.prompt, [response.text for response in samples])
+    ranked = []
+    for response, place in zip(samples, places):
+        scores = world.panel(group.prompt, response.text)
+        ranked.append(data.Response(response.text, place, scores=scores, ended=response.ended))
+    return data.Group(group.prompt, ranked)
+
+
+def labelled_by_origin(group):
+    """Two experts' questions, which are good, and the samples, which are bad."""
+    experts = [response for response in group.responses if response.label == 1]
+    labelled = []
+    for response in experts[:2] + samples_of(group):
+        labelled.append(data.Response(response.text, label=response.label, ended=response.ended))
+    return data.Group(group.prompt, labelled)
+
+
+def crowd_pairs(group, rng):
+    """Ranked samples two by two: which is chosen is said by a member of the panel that is drawn for
+    each pair, as in a crowd, so opinions differ. Without a preference there is no pair.
     """
-    judge, rng = Scoring(world.gold, TIE), np.random.Generator(np.random.Philox(key=[seed, 8]))
+    pairs = []
+    for responses in zip(group.responses[::2], group.responses[1::2]):
+        member = int(rng.integers(len(world.PANEL)))
+        best = max(response.scores[member] for response in responses)
+        pair = []
+        for response in responses:
+            is_chosen = response.scores[member] == best
+            pair.append(data.Response(
+                response.text, float(not is_chosen), int(is_chosen), response.scores, response.ended
+            ))
+        if pair[0].label != pair[1].label:
+            pairs.append(data.Group(group.prompt, pair, extra={"judge": world.PANEL[member].name}))
+    return pairs
+
+
+def judge_samples(out, scale, seed):
+    """Four samples per passage for the reward models: ranked/, labelled/, pairs/ and few/, a small
+    part of ranked/.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, 8]))
     for split, name in (("train", "train"), ("held_out", "val")):
         path = out / f"sampled-{name}.jsonl"
         if not path.exists():
-            sample.main(sample.Config(policy=str(out / "sft"), data=str(out / "world/reward"), split=split, k=K, include_originals=True, max_new_tokens=20, seed=seed,
-                                      out=str(path), max_tokens=16384, device="cpu"))
-        ranked, labelled, pairs = [], [], []
-        for group in data.read_groups(path)[0]:
-            experts = [r for r in group.responses if r.label == 1][:2]
-            samples = [r for r in group.responses if r.label == 0]
-            labelled.append(data.Group(group.prompt, [data.Response(r.text, label=r.label, ended=r.ended) for r in experts + samples]))
-            opinions = [world.panel(group.prompt, r.text) for r in samples]
-            places = judge.rank(group.prompt, [r.text for r in samples])
-            ranked.append(data.Group(group.prompt, [data.Response(r.text, place, None, scores, r.ended) for r, place, scores in zip(samples, places, opinions)]))
-            for i in range(0, len(samples) - 1, 2):
-                who = int(rng.integers(len(world.PANEL)))
-                first, second = opinions[i][who], opinions[i + 1][who]
-                if first != second:
-                    pair = [data.Response(samples[j].text, float(mine < other), int(mine > other), opinions[j], samples[j].ended)
-                            for j, mine, other in ((i, first, second), (i + 1, second, first))]
-                    pairs.append(data.Group(group.prompt, pair, extra={"judge": world.PANEL[who].name}))
-        for folder, groups in (("ranked", ranked), ("labelled", labelled), ("pairs", pairs), ("few", ranked[: scale.overfit] if name == "train" else ranked)):
+            prompts = out / "world/reward"
+            sample(out / "sft", prompts, path, seed, split=split, k=K, include_originals="true")
+        groups, _ = data.read_groups(path)
+        ranked = [ranked_by_panel(group) for group in groups]
+        folders = {
+            "ranked": ranked,
+            "labelled": [labelled_by_origin(group) for group in groups],
+            "pairs": [pair for group in ranked for pair in crowd_pairs(group, rng)],
+            "few": ranked[: scale.overfit] if name == "train" else ranked,
+        }
+        for folder, judged in folders.items():
             (out / folder).mkdir(exist_ok=True)
-            replace(out / folder / f"{name}.jsonl", data.write_groups(groups))
+            replace(out / folder / f"{name}.jsonl", data.write_groups(judged))
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------- training
+
+def train_reward_model(source, name, out, seed, **flags):
+    run_command(command(
+        "train_rm.py", data=out / source, init=out.parent / "reader/run", out=out / f"rm-{name}",
+        seed=seed, save_every=100, **flags, **TRAIN_FLAGS,
+    ))
+
 
 def reward_model(out, scale, seed, name):
     source, flags = REWARDS[name]
-    train_rm.main(train_rm.Config(str(out / source), str(out.parent / "reader/run"), str(out / f"rm-{name}"), steps=scale.rm, lr=scale.rm_lr, seed=seed, eval_every=max(1, scale.rm // 2),
-                                  save_every=100, **flags, **SOLID))
+    eval_every = max(1, scale.rm // 2)
+    train_reward_model(
+        source, name, out, seed, steps=scale.rm, lr=scale.rm_lr, eval_every=eval_every, **flags
+    )
 
 
-def pass_over(out, mode):
-    """How many groups one pass over the few passages has: passages with a pair, or, apart, pairs of unequal place."""
-    pairs = evaluate.ordered_pairs([[r.place for r in group.responses] for group in data.read_groups(out / "few/train.jsonl")[0]])
+def groups_per_pass(out, mode):
+    """How many groups one pass over the few passages has: together, passages that have a pair;
+    apart, pairs of unequal place.
+    """
+    groups, _ = data.read_groups(out / "few/train.jsonl")
+    places = [[response.place for response in group.responses] for group in groups]
+    pairs = evaluate.ordered_pairs(places)
     return len(pairs) if mode == "apart" else len({group for group, _, _ in pairs})
 
 
-def pairs_mode(out, scale, seed, mode):
-    """The pairs of a passage in one minibatch, or apart, on few passages: as many optimizer steps for both as one pass over the pairs apart has."""
-    steps = max(1, pass_over(out, "apart") // SOLID["groups"])
-    train_rm.main(train_rm.Config(str(out / "few"), str(out.parent / "reader/run"), str(out / f"rm-{mode}"), labels="place", pairs=mode, steps=steps, lr=scale.rm_lr / 2, seed=seed,
-                                  schedule="constant", eval_every=max(1, steps // 6), save_every=100, **SOLID))
+def pair_mode(out, scale, seed, mode):
+    """The pairs of a passage together in one minibatch, or apart, on few passages: for both as many
+    optimizer steps as one pass over the pairs apart has.
+    """
+    steps = max(1, groups_per_pass(out, "apart") // TRAIN_FLAGS["groups"])
+    train_reward_model(
+        "few", mode, out, seed, labels="place", pairs=mode, steps=steps, lr=scale.rm_lr / 2,
+        schedule="constant", eval_every=max(1, steps // 6),
+    )
 
 
-def actor(out, scale, seed, arm):
-    """PPO in stretches; after each the policy answers the held-out passages."""
-    reward, flags = ARMS[arm]
+def without_normalisation(out):
+    """The classification model, its rewards raw.  -> its folder"""
+    folder = out / "rm-classification-raw"
+    model = hub.load_reward_model(out / "rm-classification")
+    model.norm_stats = {"mean": (0.0, 1.0)}
+    hub.save_reward_model(folder, model)
+    return folder
+
+
+def run_ppo(out, scale, seed, arm):
+    """PPO in stretches; after each the policy answers the held-out passages and is measured."""
+    reward, more_flags = ARMS[arm]
     if reward == "raw":
-        reward = str(out / "rm-classification-raw")
-        model = hub.load_reward_model(str(out / "rm-classification"))
-        model.norm_stats = {"mean": (0.0, 1.0)}
-        hub.save_reward_model(reward, model)
+        reward = without_normalisation(out)
     elif reward != GOLD:
-        reward = str(out / reward)
+        reward = out / reward
+    flags = PPO_FLAGS | {"kl_coef": 0.2} | more_flags
+    run = out / f"ppo-{arm}"
     for steps in scale.ppo:
         path = out / f"ppo-{arm}-{steps}.json"
-        if not path.exists():                    # a stretch that is done is not asked for again: the run is past it
-            train_ppo.main(train_ppo.Config(data=str(out / "world/ppo"), policy=str(out / "sft"), reward=reward, out=str(out / f"ppo-{arm}"), steps=steps, seed=seed,
-                                            eval_every=10**9, save_every=50, **{"kl_coef": 0.2, **flags}, **ACTOR))
-            groups = answer(out / f"ppo-{arm}", out, seed, f"ppo-{arm}-{steps}.jsonl")
-            moved = drift(hub.load_policy(out / f"ppo-{arm}"), hub.load_policy(out / "sft"), groups)
-            replace(path, json.dumps({"steps": steps, **moved}).encode())
+        if path.exists():
+            continue         # a stretch that is done is not run again: the run is past it
+        run_command(command(
+            "train_ppo.py", data=out / "world/ppo", policy=out / "sft", reward=reward, out=run,
+            steps=steps, seed=seed, eval_every=10**9, save_every=50, **flags,
+        ))
+        groups = answer(run, out, seed, path.with_suffix(".jsonl"))
+        moved = kl_to_sft(hub.load_policy(run), hub.load_policy(out / "sft"), groups)
+        replace(path, json.dumps({"steps": steps, **moved}).encode())
 
 
-def answer(policy, out, seed, name):
-    """One answer to each held-out passage, the same draws for every policy.  -> groups, also in the file `name`
+def answer(policy, out, seed, path):
+    """One answer to each held-out passage, from the same draws for every policy.  -> groups
 
-    One, because `sample` draws a second one again where it repeats the first: no longer the policy's own distribution.
+    They are in the file `path`, too. One, because `sample` draws a second one again where it
+    repeats the first: that would no longer be the policy's own distribution.
     """
-    if not (out / name).exists():
-        sample.main(sample.Config(policy=str(policy), data=str(out / "world/ppo"), split="held_out", k=1, max_new_tokens=20, seed=seed, out=str(out / name), max_tokens=16384,
-                                  device="cpu"))
-    return answers_in(out / name)
+    if not path.exists():
+        sample(policy, out / "world/ppo", path, seed, split="held_out", k=1)
+    return answers_in(path)
 
 
 def answers_in(path):
-    """As `data.read_groups`, but an answer that says nothing stays: it is ill formed, not absent."""
-    lines = map(json.loads, path.read_bytes().splitlines())            # bytes: in a text, str.splitlines cuts at U+2028 and U+0085 too
-    return [data.Group(line["prompt"], [data.Response(r["text"], ended=r.get("ended", True)) for r in line["responses"]]) for line in lines]
+    """As `data.read_groups`, but an empty answer stays: it is ill formed, not absent."""
+    groups = []
+    for line in path.read_bytes().splitlines():    # str.splitlines cuts at U+2028 and U+0085 too
+        row = json.loads(line)
+        responses = [data.Response(r["text"], ended=r.get("ended", True)) for r in row["responses"]]
+        groups.append(data.Group(row["prompt"], responses))
+    return groups
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# ------------------------------------------------------------------------- measuring: policies
 
 @torch.no_grad()
-def drift(policy, reference, groups):
-    """How far a policy has gone, on its own samples: nats a response to the reference (k1), and entropy a token.  -> dict"""
+def kl_to_sft(policy, reference, groups):
+    """How far a policy is from the reference, on the policy's own samples.
+
+    -> {"kl": nats per response (k1), "entropy": nats per token, "tokens": per response}
+    """
     rows, _ = encode_all(groups, policy.tokenizer, policy.trunk.config.context)
     total = np.zeros(4)
-    for part in micro_batches([row.num_tokens for row in rows], 16384):
-        batch = pack_rows([rows[i] for i in part])
-        mine, theirs = policy(batch, return_entropy=True), reference(batch)
-        k1 = ppo.kl_k1(mine.logprobs, theirs.logprobs)[batch.response_mask].double().sum()
-        total += [k1, mine.entropy[batch.response_mask].double().sum(), batch.response_mask.sum(), batch.valid.sum()]
-    return {"kl": total[0] / total[3], "entropy": total[1] / total[2], "tokens": total[2] / total[3]}
+    for indices in micro_batches([row.num_tokens for row in rows], MAX_TOKENS):
+        batch = pack_rows([rows[i] for i in indices])
+        mask = batch.response_mask
+        output = policy(batch, return_entropy=True)
+        k1 = ppo.kl_k1(output.logprobs, reference(batch).logprobs)[mask].double().sum()
+        entropy = output.entropy[mask].double().sum()
+        total += [k1, entropy, mask.sum(), batch.valid.sum()]
+    k1, entropy, tokens, responses = total
+    return {"kl": k1 / responses, "entropy": entropy / tokens, "tokens": tokens / responses}
 
 
 def opinions_of(groups, prompts=None):
-    """What the panel says of a policy's responses: scores, question types, names that the passage lacks.  -> dict"""
-    asked = [(prompt, response.text) for group, prompt in zip(groups, prompts or [group.prompt for group in groups]) for response in group.responses]
+    """What the panel says of a policy's responses: scores, question types, names that the passage
+    lacks.  prompts: judged as if asked about these  -> dict
+    """
+    prompts = prompts or [group.prompt for group in groups]
+    asked = []
+    for group, prompt in zip(groups, prompts):
+        asked += [(prompt, response.text) for response in group.responses]
     readings = [world.understand(*pair) for pair in asked]
+    types = [reading.question_type for reading in readings]
     scores = np.array([world.panel(*pair) for pair in asked])
-    return {"gold": scores.mean(), "judges": dict(zip([judge.name for judge in world.PANEL], scores.mean(0).tolist())),
-            "answerable": np.mean([reading.answerable for reading in readings]), "missing": np.mean([reading.missing for reading in readings]),
-            "kinds": {kind: np.mean([reading.kind == kind for reading in readings]) for kind in world.KINDS}, **evaluate.distinct([text for _, text in asked])}
+    names = [member.name for member in world.PANEL]
+    return {
+        "gold": scores.mean(),
+        "judges": dict(zip(names, scores.mean(0).tolist())),
+        "answerable": np.mean([reading.answerable for reading in readings]),
+        "missing": np.mean([reading.missing for reading in readings]),
+        "kinds": {name: types.count(name) / len(types) for name in world.QUESTION_TYPES},
+        **evaluate.distinct([text for _, text in asked]),
+    }
 
 
-def policies(out, scale, seed):
-    """Every policy before the panel: experts, supervised, the control that reads another passage, and PPO's arms along their way.  -> dict for results.json"""
-    supervised = answer(out / "sft", out, seed, "sft.jsonl")
-    experts = [data.Group(group.prompt, group.responses[:2]) for group in data.read_groups(out / "world/ppo/val.jsonl")[0]]
+def measure_policies(out, scale, seed):
+    """Every policy as the panel sees it: experts, supervised, PPO's arms after each stretch, and a
+    control, the supervised answers as if asked about another passage.  -> dict for results.json
+    """
+    supervised = answer(out / "sft", out, seed, out / "sft.jsonl")
+    groups, _ = data.read_groups(out / "world/ppo/val.jsonl")
+    experts = [data.Group(group.prompt, group.responses[:2]) for group in groups]
     prompts = [group.prompt for group in supervised]
     reference = hub.load_policy(out / "sft")
-    found = {"experts": opinions_of(experts), "control": opinions_of(supervised, prompts[1:] + prompts[:1]),
-             "sft": {**opinions_of(supervised), **drift(reference, reference, supervised)}}
-    answers, ways = {"experts": experts, "sft": supervised}, {}
+    results = {
+        "experts": opinions_of(experts),
+        "control": opinions_of(supervised, prompts[1:] + prompts[:1]),
+        "sft": opinions_of(supervised) | kl_to_sft(reference, reference, supervised),
+    }
+    answers = {"experts": experts, "sft": supervised}
+    stretches = {}
     for arm in ARMS:
-        ways[arm] = []
+        stretches[arm] = []
         for steps in scale.ppo:
-            answers[arm] = answers_in(out / f"ppo-{arm}-{steps}.jsonl")
-            ways[arm].append({**opinions_of(answers[arm]), **json.loads((out / f"ppo-{arm}-{steps}.json").read_text())})
-        found[arm] = ways[arm][-1]
-    return {"policies": found, "ways": ways, "wins": duels(answers), "texts": show(answers)}
+            path = out / f"ppo-{arm}-{steps}.json"
+            answers[arm] = answers_in(path.with_suffix(".jsonl"))
+            stretches[arm].append(opinions_of(answers[arm]) | json.loads(path.read_text()))
+        results[arm] = stretches[arm][-1]
+    return {
+        "policies": results,
+        "ways": stretches,
+        "wins": comparisons(answers),
+        "texts": example_answers(answers),
+    }
 
 
-def duels(answers):
-    """Win rates before the panel, first samples only, both orders asked."""
+def comparisons(answers):
+    """Win rates as the panel judges, first samples only, both orders asked.  -> {"a : b": dict}"""
     judge = Scoring(world.gold, TIE)
-    first = {name: [group.responses[0].text for group in groups] for name, groups in answers.items()}
+    first = {}
+    for name, groups in answers.items():
+        first[name] = [group.responses[0].text for group in groups]
     prompts = [group.prompt for group in answers["sft"]]
-    named = [("ranking", "classification"), ("judge", "ranking"), ("scores-mean", "ranking"), ("scores-cvar", "scores-mean"), ("ranking-loose", "ranking"),
-             *((arm, "sft") for arm in ARMS), ("experts", "sft")]
-    return {f"{a} : {b}": evaluate.win_rate(judge, prompts, first[a], first[b]) for a, b in named if a in first and b in first}
+    pairs = [
+        ("ranking", "classification"), ("judge", "ranking"), ("scores-mean", "ranking"),
+        ("scores-cvar", "scores-mean"), ("ranking-loose", "ranking"),
+    ]
+    pairs += [(arm, "sft") for arm in ARMS]
+    wins = {}
+    for a, b in [*pairs, ("experts", "sft")]:
+        wins[f"{a} : {b}"] = evaluate.win_rate(judge, prompts, first[a], first[b])
+    return wins
 
 
-def show(answers, n=6):
-    """The first held-out passages with what every policy asks about them, and what the panel thinks of it."""
-    return [{"prompt": group.prompt, "responses": {name: {"text": groups[i].responses[0].text, "gold": world.gold([group.prompt], [groups[i].responses[0].text])[0]}
-                                                   for name, groups in answers.items()}} for i, group in enumerate(answers["sft"][:n])]
+def example_answers(answers, n=6):
+    """The first held-out passages with every policy's question and the panel's mean for it."""
+    examples = []
+    for i, group in enumerate(answers["sft"][:n]):
+        responses = {}
+        for name, groups in answers.items():
+            text = groups[i].responses[0].text
+            responses[name] = {"text": text, "gold": world.gold([group.prompt], [text])[0]}
+        examples.append({"prompt": group.prompt, "responses": responses})
+    return examples
 
+
+# -------------------------------------------------------------------- measuring: reward models
 
 def outputs_on(model, path, labels):
-    """A reward model's raw outputs, (K,N) a group, for a file of groups.  -> (outputs, rows, groups)"""
+    """A reward model's raw outputs, (K,N) per group of a file.  -> (outputs, rows, groups)"""
     groups, _ = data.read_groups(path)
     rows, _ = encode_all(groups, model.tokenizer, model.max_length, labels=labels)
     return evaluate.raw_outputs(model, rows), rows, [groups[row.index] for row in rows]
 
 
-def rewards(out, scale, seed):
-    """Every reward model: on the panel's ranking of held-out samples, on experts against samples, on held-out pairs; paper B's analyses.  -> dict for results.json"""
-    found, training = {}, [r.scores for group in data.read_groups(out / "pairs/train.jsonl")[0] for r in group.responses]
-    for name, (source, flags) in REWARDS.items():
-        model = hub.load_reward_model(str(out / f"rm-{name}"))
-        mine = found[name] = {}
-        for where, labels in (("ranked", "place"), ("labelled", "label"), ("pairs", "place")):
-            outputs, rows, groups = outputs_on(model, out / where / "val.jsonl", labels)
-            means = [group.mean(-1) for group in outputs]
-            mine[where] = {**evaluate.pair_accuracy(means, [row.place for row in rows]), "auc": evaluate.label_auc(means, [row.label for row in rows])}
-            if where == source:
-                mine["raw_deviation"] = model.raw(torch.tensor(np.concatenate(outputs))).std().item()
-        if source == "pairs":                    # the last file read
-            opinions = [[r.scores for r in group.responses] for group in groups]
-            mine["pairs"].update(evaluate.measure(outputs, rows, None, opinions, training if name == "scores" else None))
-            mine["values"] = values(outputs, rows)
-            panel = [[float(-np.mean(r.scores)) for r in group.responses] for group in groups]
-            mine["pairs"]["panel_accuracy"] = evaluate.pair_accuracy(means, panel)["accuracy"]
-        if name == "self_mean":
-            mine["before"] = untrained(out, seed)
-        if name == "label":                      # on the pairs that it was fitted to, of which there are many: the form is about the loss's optimum
-            outputs, rows, _ = outputs_on(model, out / "pairs/train.jsonl", "place")
-            won = [float(y) for row in rows for y in row.label]
-            mine["closed_form"] = evaluate.label_against_closed_form(np.concatenate(outputs), won, quantile_levels(10).numpy())
-    passes = {mode: SOLID["groups"] / pass_over(out, mode) for mode in ("together", "apart")}
-    return {"rewards": found, "pairs": pairs_of(out), "passes_a_step": passes}
+def measure_reward_model(out, seed, name):
+    """One reward model: on the panel's ranking of held-out samples, on experts against samples, on
+    held-out pairs; for paper B's models its analyses.  -> dict
+    """
+    source, _ = REWARDS[name]
+    model = hub.load_reward_model(out / f"rm-{name}")
+    results = {}
+    for folder, labels in (("ranked", "place"), ("labelled", "label"), ("pairs", "place")):
+        outputs, rows, groups = outputs_on(model, out / folder / "val.jsonl", labels)
+        means = [group.mean(-1) for group in outputs]
+        results[folder] = evaluate.pair_accuracy(means, [row.place for row in rows])
+        results[folder]["auc"] = evaluate.label_auc(means, [row.label for row in rows])
+        if folder == source:
+            raw = model.raw(torch.tensor(np.concatenate(outputs)))
+            results["raw_deviation"] = raw.std().item()
+    if source == "pairs":                        # the file that was read last
+        opinions = opinions_in(groups)
+        training = None
+        if name == "scores":
+            train_groups, _ = data.read_groups(out / "pairs/train.jsonl")
+            training = [scores for group in opinions_in(train_groups) for scores in group]
+        results["pairs"] |= evaluate.measure(outputs, rows, None, opinions, training)
+        places = [[-np.mean(scores) for scores in group] for group in opinions]
+        accuracy = evaluate.pair_accuracy(means, places)["accuracy"]
+        results["pairs"]["panel_accuracy"] = accuracy
+        results["values"] = reward_values(outputs, rows)
+    if name == "self_mean":
+        results["before"] = untrained(out, seed)
+    if name == "label":
+        # On the pairs that it was fitted to, of which there are many: the closed form is about the
+        # loss's optimum.
+        outputs, rows, _ = outputs_on(model, out / "pairs/train.jsonl", "place")
+        labels = [float(label) for row in rows for label in row.label]
+        levels = quantile_levels(10).numpy()
+        closed_form = evaluate.label_against_closed_form(np.concatenate(outputs), labels, levels)
+        results["closed_form"] = closed_form
+    return results
 
 
-def values(outputs, rows):
-    """Rewards of chosen and rejected as histograms need them: mean, lowest and highest quantile.  -> {statistic: {chosen: [...], rejected: [...]}}"""
-    read = {"mean": lambda z: z.mean(-1), "q0": lambda z: np.sort(z, -1)[:, 0], "q9": lambda z: np.sort(z, -1)[:, -1]}
-    return {statistic: {kind: [to_json(float(x)) for group, row in zip(outputs, rows) for x, y in zip(of(group), row.label) if y == label]
-                        for kind, label in (("chosen", 1), ("rejected", 0))} for statistic, of in read.items()}
+def opinions_in(groups):
+    return [[response.scores for response in group.responses] for group in groups]
+
+
+def measure_rewards(out, seed):
+    """Every reward model, and how the held-out pairs came about.  -> dict for results.json"""
+    passes = {}
+    for mode in ("together", "apart"):
+        passes[mode] = TRAIN_FLAGS["groups"] / groups_per_pass(out, mode)
+    return {
+        "rewards": {name: measure_reward_model(out, seed, name) for name in REWARDS},
+        "pairs": crowd_agreement(out),
+        "passes_a_step": passes,
+    }
+
+
+def reward_values(outputs, rows):
+    """Rewards of chosen and rejected for histograms: mean, lowest and highest quantile.
+
+    -> {statistic: {"chosen": [...], "rejected": [...]}}
+    """
+    outputs = np.concatenate(outputs)
+    labels = np.concatenate([row.label for row in rows])
+    ordered = np.sort(outputs, -1)
+    statistics = {"mean": outputs.mean(-1), "q0": ordered[:, 0], "q9": ordered[:, -1]}
+    values = {}
+    for name, rewards in statistics.items():
+        chosen = rewards[labels == 1].tolist()
+        values[name] = {"chosen": chosen, "rejected": rewards[labels == 0].tolist()}
+    return values
 
 
 def untrained(out, seed):
-    """The deviation among a quantile model's outputs before its first step, on the held-out pairs: the same start, drawn again."""
-    trunk, tok = hub.load_trunk(str(out.parent / "reader/run"), head=False)
+    """The deviation among a quantile model's outputs before its first step, on the held-out pairs:
+    the same start, drawn again.
+    """
+    trunk, tokenizer = hub.load_trunk(out.parent / "reader/run", head=False)
     torch.manual_seed(seed)
-    scorer = RewardModel(trunk, len(quantile_levels(10)))
-    scorer.init_head()
-    outputs, _, _ = outputs_on(TextReward(scorer, tok), out / "pairs/val.jsonl", "place")
+    model = RewardModel(trunk, len(quantile_levels(10)))
+    model.init_head()
+    outputs, _, _ = outputs_on(TextReward(model, tokenizer), out / "pairs/val.jsonl", "place")
     return {"within_deviation": evaluate.within_deviation(np.concatenate(outputs))}
 
 
-def pairs_of(out):
-    """How the held-out pairs came about: how many, and how often the judge that chose agrees with the panel's mean."""
+def crowd_agreement(out):
+    """The held-out pairs: how many, and how often the choice agrees with the panel's mean."""
     groups, _ = data.read_groups(out / "pairs/val.jsonl")
-    better = [np.mean(group.responses[0].scores) - np.mean(group.responses[1].scores) for group in groups]
-    agree = [(gap > 0) == (group.responses[0].label == 1) for gap, group in zip(better, groups) if abs(gap) > 1e-9]
+    agree = []
+    for group in groups:
+        first, second = group.responses
+        gap = np.mean(first.scores) - np.mean(second.scores)
+        if abs(gap) > 1e-9:
+            agree.append((gap > 0) == (first.label == 1))
     return {"n": len(groups), "panel_agrees": float(np.mean(agree))}
 
 
 def one_row(out):
-    """A real group as the reward model sees it: the row of the first page.  -> dict of lists"""
+    """A real group as the models see it, for the drawing of a row on the page.  -> dict of lists"""
     policy = hub.load_policy(out / "sft")
-    group = data.read_groups(out / "ranked/val.jsonl")[0][0]
-    batch = pack_rows(encode_all([group], policy.tokenizer, policy.trunk.config.context)[0])
-    words = [policy.tokenizer.decode([i]) or "<EOS>" for i in batch.tokens[0].tolist()]
-    return {"words": words, "branch": batch.branch[0].tolist(), "positions": batch.positions[0].tolist()}
+    groups, _ = data.read_groups(out / "ranked/val.jsonl")
+    rows, _ = encode_all(groups[:1], policy.tokenizer, policy.trunk.config.context)
+    batch = pack_rows(rows)
+    words = [policy.tokenizer.decode([token]) or "<EOS>" for token in batch.tokens[0].tolist()]
+    branch = batch.branch[0].tolist()
+    return {"words": words, "branch": branch, "positions": batch.positions[0].tolist()}
+
+
+def to_plain(value):
+    """numpy's numbers become Python's, floats as JSON allows them."""
+    if isinstance(value, dict):
+        return {key: to_plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(inner) for inner in value]
+    return to_json(value.item() if isinstance(value, np.generic) else value)
 
 
 def measure(out, scale, seed):
     """Everything that the page says about this seed, in one file."""
-    found = {"seed": seed, **policies(out, scale, seed), **rewards(out, scale, seed), "row": one_row(out)}
-    plain = lambda x: {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else [plain(v) for v in x] if isinstance(x, (list, tuple)) else \
-        to_json(float(x)) if isinstance(x, (float, np.floating)) else bool(x) if isinstance(x, np.bool_) else int(x) if isinstance(x, np.integer) else x
-    replace(out / "results.json", (json.dumps(plain(found), indent=1) + "\n").encode())
+    policies = measure_policies(out, scale, seed)
+    results = {"seed": seed, **policies, **measure_rewards(out, seed), "row": one_row(out)}
+    replace(out / "results.json", (json.dumps(to_plain(results), indent=1) + "\n").encode())

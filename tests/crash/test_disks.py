@@ -115,7 +115,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 @pytest.fixture(scope="module")
 def ended(jobs, world, tmp_path_factory):
-    """Of each script, a run that has ended, and one that was killed on its way, with two states and a model.  
+    """Of each script, a run that has ended, and one that was killed on its way, with two states and a model.
 
     -> a function of the name: (script, flags, folder of the one, of the other, the older state of the one, of the other)
     """
