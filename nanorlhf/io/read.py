@@ -48,13 +48,7 @@ def parse_json(raw, where):
         if len(raw) > MAX_JSON_BYTES:
             raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
         value = json.loads(raw.decode("utf-8-sig"))
-        level = [value]
-        depth = 0
-        while level:
-            depth += 1
-            if depth > MAX_JSON_DEPTH:
-                raise ValueError(f"more than {MAX_JSON_DEPTH} levels deep")
-            level = _inner_values(level)
+        _check_depth(value, 1)
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.object[error.start]:#04x}), so not JSON"
         raise InputError(f"{where}: {problem}; save it as UTF-8") from None
@@ -65,15 +59,14 @@ def parse_json(raw, where):
     return value
 
 
-def _inner_values(values):
-    """What the lists and objects among JSON values hold."""
-    inner = []
-    for value in values:
-        if isinstance(value, dict):
-            inner += value.values()
-        elif isinstance(value, list):
-            inner += value
-    return inner
+def _check_depth(value, depth):
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError(f"more than {MAX_JSON_DEPTH} levels deep")
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            _check_depth(inner, depth + 1)
 
 
 def import_file(path):

@@ -53,9 +53,9 @@ def parse(cls, arguments=None):
     Raises InputError for unknown flags and wrong values.
     """
     parser = _Parser(
-        description=(inspect.getmodule(cls).__doc__ or cls.__doc__).strip(),
+        description=inspect.getmodule(cls).__doc__.strip(),
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter
     )
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):

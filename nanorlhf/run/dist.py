@@ -88,8 +88,8 @@ def _init_process_group():
 def _check_environment():
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     values = {name: os.environ.get(name, "") for name in names}
-    numbers = [value for name, value in values.items() if name != "MASTER_ADDR"]
-    if not values["MASTER_ADDR"] or not all(map(str.isdigit, numbers)):
+    *numbers, address, port = values.values()
+    if not address or not all(map(str.isdigit, [*numbers, port])):
         raise InputError(f"several processes are started by torchrun, which sets all of {values}")
 
 
@@ -117,8 +117,7 @@ def _collective_errors():
         yield
     except RuntimeError as error:
         reason = f"lost another process ({str(error).splitlines()[0][:120]})"
-        process = f"process {os.environ['RANK']}"
-        raise ConnectionError(errno.ECONNRESET, reason, process) from None
+        raise ConnectionError(errno.ECONNRESET, reason, f"process {os.environ['RANK']}") from None
 
 
 def all_gather_object(value):

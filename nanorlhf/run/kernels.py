@@ -1,10 +1,12 @@
 """How a trunk computes: compiled blocks, FlexAttention, matrix products by oneDNN."""
 import contextlib
-import types
+from types import MethodType
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from ..gpt2 import Projection
 
 MIN_WEIGHT_SIZE = 2**18              # weights from which on a product by oneDNN pays
 
@@ -29,11 +31,9 @@ def choose_kernels(trunk, device, dtype, compile=False, activation_checkpointing
     elif device.type == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available():
         trunk.lm_head_matmul = large_product
         for layer in trunk.modules():
-            weight = getattr(layer, "weight", None)
-            if weight is None or weight.ndim != 2 or isinstance(layer, nn.Embedding):
-                continue
-            if weight.numel() >= MIN_WEIGHT_SIZE:
-                layer.forward = types.MethodType(_layer_product, layer)
+            is_product = isinstance(layer, (nn.Linear, Projection))
+            if is_product and layer.weight.numel() >= MIN_WEIGHT_SIZE:
+                layer.forward = MethodType(_layer_product, layer)
 
 
 def onednn(x, weight, bias=None):
@@ -53,14 +53,12 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x = onednn(grad, weight.t()) if needs_x else None
         grad_weight = None
-        if needs_weight:
-            # in the weight's own layout, so that nothing is copied
-            if weight.is_contiguous():
-                grad_weight = onednn(grad.t(), x.t())
-            else:
-                grad_weight = onednn(x.t(), grad.t()).t()
+        if needs_weight and weight.is_contiguous():
+            grad_weight = onednn(grad.t(), x.t())
+        elif needs_weight:                       # in the weight's own layout: nothing is copied
+            grad_weight = onednn(x.t(), grad.t()).t()
+        grad_x = onednn(grad, weight.t()) if needs_x else None
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None
 
 
@@ -74,9 +72,9 @@ def _product(x, weight, bias=None):
 
 
 def _layer_product(layer, x):
-    """The forward of a large nn.Linear or gpt2.Projection.  x (n,in)  ->  (n,out)"""
-    is_out_first = isinstance(layer, nn.Linear)            # GPT-2 stores (in,out)
-    return _product(x, layer.weight if is_out_first else layer.weight.t(), layer.bias)
+    """The forward of a large nn.Linear, or Projection with W (in,out).  x (n,in)  ->  (n,out)"""
+    weight = layer.weight.t() if isinstance(layer, Projection) else layer.weight
+    return _product(x, weight, layer.bias)
 
 
 def large_product(x, weight):

@@ -83,7 +83,8 @@ class Log:
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
                 file.flush()
             except OSError as error:             # the disk is full: Python does not name the file
-                raise OSError(error.errno, error.strerror, file.name) from None
+                error.filename = file.name
+                raise
 
     def step(self, step, **numbers):
         self._write("metrics", step=step, **numbers)
@@ -95,10 +96,11 @@ class Log:
     def eval(self, step, **numbers):
         """A row of its own with eval_ names; `step` is finished steps minus one, as in `step`."""
         self._write("metrics", step=step, **numbers)
-        words = ["  held out:"]
+        line = "  held out:"
         for key, value in numbers.items():
-            words.append(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}")
-        print("  ".join(words), flush=True)
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            line += f"  {key} {shown}"
+        print(line, flush=True)
 
     def text(self, step, prompt, response, **numbers):
         """A prompt and a response: whole in the file; the terminal shows the prompt's end only."""

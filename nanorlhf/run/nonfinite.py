@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: left out, counted, and reported reproducibly."""
-import dataclasses
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -83,14 +83,14 @@ class NonFiniteGuard:
             "script": self.script,
             "step": step,
             "message": message,
-            "flags": dataclasses.asdict(self.config),
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "flags": asdict(self.config),
+            "rows": [asdict(row) for row in rows]
         }
-        tensors = dict(tensors)
-        for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach().cpu()
+        parameters = self.model.named_parameters()
+        weights = {f"model.{name}": parameter.detach().cpu() for name, parameter in parameters}
+        content = save_tensors(weights | tensors, {"run": json.dumps(metadata)})
         file = f"nonfinite-{step:06}.safetensors"
-        replace_all(out, {file: save_tensors(tensors, {"run": json.dumps(metadata)})})
+        replace_all(out, {file: content})
         return f"; reproduced by {out / file}"
 
 

@@ -17,7 +17,7 @@ def adamw(model, lr, eps=1e-8):
         betas=(0.9, 0.95),
         eps=eps,
         weight_decay=0.0,
-        fused=True,
+        fused=True
     )
 
 

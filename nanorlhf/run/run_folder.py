@@ -7,10 +7,10 @@ RUN/state-000120.safetensors       after 120 steps: weights, optimizer, and the 
 RUN/nonfinite-000057.safetensors   weights and rows of a step whose loss or gradient was not finite
 RUN/SHA256SUMS                     of these files; RUN/model/ has its own
 """
-import dataclasses
 import json
 import os
 import re
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,8 +66,7 @@ def resumable(config, script):
 
     Other flags than those that the run was started with are refused.
     """
-    flags = dataclasses.asdict(config)
-    return dist.on_rank_zero(lambda: _resumable(Path(config.out), flags, script))
+    return dist.on_rank_zero(lambda: _resumable(Path(config.out), asdict(config), script))
 
 
 def _resumable(out, flags, script):
@@ -129,16 +128,14 @@ def _read_config(out):
             if problem := file_damage(path):
                 raise InputError(f"{out}: {problem}")
             values = read_json(path) if path.suffix == ".json" else read_metadata(path)
-            flags = values.get("flags")
-            has_steps = type(flags) is dict and type(flags.get("steps")) is int
-            if type(values.get("script")) is not str or not has_steps:
-                raise InputError(f"{path}: does not say which script made it, with which flags")
+            match values:
+                case {"script": str(), "flags": {"steps": int()}}:
+                    if problems:
+                        print(f"  warning: {problems[0]}; the flags are read from {path.name}")
+                    return values
+            raise InputError(f"{path}: does not say which script made it, with which flags")
         except InputError as error:
             problems.append(str(error))
-            continue
-        if problems:
-            print(f"  warning: {problems[0]}; the flags are read from {path.name}")
-        return values
     raise InputError(f"{problems[0]}, and no state is whole; remove the folder to start again")
 
 
@@ -155,9 +152,9 @@ def write_config(config, script, parent):
         lineage = read_json(parent_config) if parent_config.exists() else {}
         values = {
             "script": script,
-            "flags": dataclasses.asdict(config),
+            "flags": asdict(config),
             "versions": {name: version(name) for name in LIBRARIES},
-            "parent": lineage if "flags" in lineage else None,
+            "parent": lineage if "flags" in lineage else None
         }
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -189,7 +186,7 @@ def save(config, script, model, optimizer, step, export, **numbers):
             tensors[f"model.{name}"] = parameter.detach().cpu()
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value.cpu()
-        flags = dataclasses.asdict(config)
+        flags = asdict(config)
         del flags["out"]                         # a run's folder may be moved
         metadata = {
             "script": script,
@@ -197,7 +194,7 @@ def save(config, script, model, optimizer, step, export, **numbers):
             "step": step,
             "threads": torch.get_num_threads(),
             "processes": dist.world_size(),
-            **numbers,
+            **numbers
         }
         file = f"state-{step:06}.safetensors"
         old = states(config.out)
@@ -224,7 +221,7 @@ def load(config, model, optimizer, initial):
                 optimizer.state[parameter] = {
                     "step": torch.zeros((), device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter)
                 }
             dist.broadcast(optimizer.state[parameter].values())
     note = ""

@@ -33,8 +33,9 @@ class TrainingRun:
         self.optimizer = optimizer
         self.numbers = numbers
         self.first_step = numbers["step"]
-        counts = (numbers["skipped"], numbers["in_a_row"])
-        self.guard = NonFiniteGuard(config, script, model, *counts)
+        self.guard = NonFiniteGuard(
+            config, script, model, numbers["skipped"], numbers["in_a_row"]
+        )
         # also where it resumes: --steps may be more than before
         run_folder.write_config(config, script, parent)
         self.log = Log(config.out, self.first_step, config.steps, progress, dist.rank() == 0)
