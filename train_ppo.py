@@ -16,7 +16,6 @@ import copy
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -504,7 +503,6 @@ def main(config):
         )
     device = dist.setup(config.device, config.seed)
     resuming = run_folder.resumable(config, SCRIPT)
-    model_folder = Path(config.out) / "model"
 
     # models, prompts, optimizer
     setup = load_models(config, device)
@@ -566,9 +564,9 @@ def main(config):
             evaluate(setup, held_prompts, held_texts, step, run.log)
         # after a signal: saves, then ends the run by an exception
         run.save_or_stop(
-            step, lambda: hub.save_policy(model_folder, policy, tokenizer), kl_coef=kl_coef
+            step, lambda: hub.save_policy(run.model_folder, policy, tokenizer), kl_coef=kl_coef
         )
-    print(f"done: {model_folder}")
+    print(f"done: {run.model_folder}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ one.
 """
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -239,7 +238,6 @@ def main(config):
     check_bounds(config, **COMMON_BOUNDS, quantiles=(2, 1000))
     device = dist.setup(config.device, config.seed)
     resuming = run_folder.resumable(config, SCRIPT)
-    model_folder = Path(config.out) / "model"
 
     # data
     dataset = data.load(config.data)
@@ -309,8 +307,8 @@ def main(config):
             if held_rows:
                 warn_at_chance(numbers["eval_accuracy"], numbers["eval_pairs"], run.log)
         # after a signal: saves, then ends the run by an exception
-        run.save_or_stop(step, lambda: hub.save_reward_model(model_folder, reward))
-    print(f"done: {model_folder}")
+        run.save_or_stop(step, lambda: hub.save_reward_model(run.model_folder, reward))
+    print(f"done: {run.model_folder}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the groups per step and the update are the same as on one.
 """
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -92,7 +91,6 @@ def main(config):
     check_bounds(config, **COMMON_BOUNDS)
     device = dist.setup(config.device, config.seed)
     resuming = run_folder.resumable(config, SCRIPT)
-    model_folder = Path(config.out) / "model"
 
     # data
     dataset = data.load(config.data)
@@ -159,8 +157,8 @@ def main(config):
             run.log.eval(step, eval_loss=evaluate(policy, held_rows, config, device))
             show(policy, tokenizer, held_rows, held_out, step, config, run.log)
         # after a signal: saves, then ends the run by an exception
-        run.save_or_stop(step, lambda: hub.save_policy(model_folder, policy, tokenizer))
-    print(f"done: {model_folder}")
+        run.save_or_stop(step, lambda: hub.save_policy(run.model_folder, policy, tokenizer))
+    print(f"done: {run.model_folder}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What the three training loops share beside the method: their start, evaluations, saves, end."""
 
+from pathlib import Path
+
 import torch
 
 from . import dist, optim, run_folder, speed
@@ -28,6 +30,7 @@ class TrainingRun:
             numbers = run_folder.load(config, model, optimizer, numbers)
         dist.broadcast(model.parameters())
         self.config = config
+        self.model_folder = Path(config.out) / "model"
         self.script = script
         self.model = model
         self.optimizer = optimizer
