@@ -1,6 +1,6 @@
 """K samples of each prompt. Prefill: the prompt is computed once, and its keys and values are
 stored once per group. Decode: its row grows by K columns at a time, one per sample, under the same
-rule of who sees whom as in training (attention.prefix_mask).
+rule of which column sees which as in training (attention.prefix_mask).
 
 Every draw is a function of (seed, stream, step, index of the prompt, sample): no generator has a
 state to save, and a sample of a prompt does not depend on which other prompts are in the batch.

@@ -1422,7 +1422,7 @@ MISTAKES = [
         file=ATTENTION,
         old="if activation_checkpointing and torch.is_grad_enabled()",
         new="if False",
-        test="test_paths.py::test_recompute_keeps_less_than_half[gpt2]",
+        test="test_paths.py::test_activation_checkpointing_keeps_less_than_half[gpt2]",
     ),
     Mistake(
         name="oneDNN without the bias",

@@ -287,7 +287,7 @@ def test_never_more_than_chunk_logits_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_recompute_keeps_less_than_half(family):
+def test_activation_checkpointing_keeps_less_than_half(family):
     """Bytes of activations kept for the backward, 6 blocks. What `activation_checkpointing` keeps beside saved tensors is each block's input, n x D."""
     config = GPT2Config(vocab_size=VOCAB, n_positions=128, n_embd=16, n_layer=6, n_head=2)
     trunk, batch = GPT2(config) if family == "gpt2" else Llama(LlamaConfig(**{**LLAMA, "num_hidden_layers": 6})), pack_rows(LONG)

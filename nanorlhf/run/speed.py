@@ -109,7 +109,7 @@ class Meter:
     def __str__(self):
         attention = "a dense mask a row, no padding"
         if self.trunk.flex:
-            attention = f"FlexAttention, padded to {FLEX_BLOCK} columns a micro-batch"
+            attention = f"FlexAttention, padded to {FLEX_BLOCK} columns per micro-batch"
         return (
             f"{self.limit / 1e9:.0f} GFLOP/s in a matrix product, the limit that mfu refers to; "
             f"attention by {attention}"
