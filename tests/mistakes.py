@@ -1427,8 +1427,8 @@ MISTAKES = [
     Mistake(
         name="oneDNN without the bias",
         file=KERNELS,
-        old="layer.weight.t(), layer.bias)",
-        new="layer.weight.t())",
+        old="_product(x, weight, layer.bias)",
+        new="_product(x, weight)",
         test="test_paths.py::test_decoding_with_onednn_says_the_same",
     ),
     Mistake(
