@@ -163,12 +163,13 @@ def _open_tensors(path):
 def _read_headers(folder):
     """What the files claim to hold, before anything is allocated for it.
 
-    -> {path: {tensor name: shape}}
+    -> {(path, tensor name): shape}
     """
     headers = {}
     for path in _weight_files(folder):
         with _open_tensors(path) as file:
-            headers[path] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            for key in file.keys():
+                headers[path, key] = tuple(file.get_slice(key).get_shape())
     return headers
 
 
@@ -181,27 +182,26 @@ def _match_tensors(module, names, headers, optional):
     sources = {}
     copies = {}
     prefix = next(iter(names)).split(".")[0]     # the trunk's: its embedding comes first
-    for path, header in headers.items():
-        for key, shape in header.items():
-            if optional.get(key):
-                copies[path, key] = optional[key]
-            if OLD_BUFFERS.search(key) or key in optional:
-                continue
-            # GPT-2 was published without its prefix
-            name = key if key in names else f"{prefix}.{key}"
-            if name not in missing:
-                raise InputError(f"{path}: tensor {key!r:.80} is not part of this model")
-            sources[path, key] = missing.pop(name)
-            expected = tuple(module.get_parameter(names[name]).shape)
-            if shape != expected:
-                raise InputError(
-                    f"{path}: tensor {key!r:.80} has shape {shape!s:.80}, "
-                    f"config.json says {expected}"
-                )
+    for (path, key), shape in headers.items():
+        if optional.get(key):
+            copies[path, key] = optional[key]
+        if OLD_BUFFERS.search(key) or key in optional:
+            continue
+        # GPT-2 was published without its prefix
+        name = key if key in names else f"{prefix}.{key}"
+        if name not in missing:
+            raise InputError(f"{path}: tensor {key!r:.80} is not part of this model")
+        sources[path, key] = missing.pop(name)
+        expected = tuple(module.get_parameter(names[name]).shape)
+        if shape != expected:
+            raise InputError(
+                f"{path}: tensor {key!r:.80} has shape {shape!s:.80}, config.json says {expected}"
+            )
     if missing:
-        folder = next(iter(headers)).parent
-        first = next(iter(missing))
-        raise InputError(f"{folder}: tensor {first!r} is missing ({len(missing)} in all)")
+        folder = next(iter(headers))[0].parent
+        raise InputError(
+            f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)"
+        )
     return sources | copies
 
 
@@ -219,7 +219,7 @@ def _load_weights(module, names, headers, optional):
     except RuntimeError:
         n = sum(p.numel() for p in module.parameters())
         raise InputError(
-            f"{next(iter(headers))}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, "
+            f"{next(iter(headers))[0]}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, "
             "do not fit into memory"
         ) from None
     for (path, key), name in sources.items():
@@ -293,10 +293,9 @@ def _meta_trunk(folder, family, config):
     path = folder / "config.json"
     headers = _read_headers(folder)
     num_layers = getattr(config, family.NUM_LAYERS)
-    num_tensors = sum(map(len, headers.values()))
-    if num_layers > num_tensors:
+    if num_layers > len(headers):
         raise InputError(
-            f"{path}: {num_layers:,} layers, but {num_tensors:,} tensors beside it: "
+            f"{path}: {num_layers:,} layers, but {len(headers):,} tensors beside it: "
             "they do not belong together"
         )
     try:

@@ -39,17 +39,20 @@ def values_from_hub(values):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if str(kind) not in ROPE_NEEDS:
         raise ValueError(f"rope type {kind!r:.80} is not implemented ({', '.join(ROPE_NEEDS)})")
-    partial = rope.get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise ValueError(f"partial_rotary_factor {partial!r:.80} is not implemented (only 1)")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(
+            f"partial_rotary_factor {rope['partial_rotary_factor']!r:.80} "
+            "is not implemented (only 1)"
+        )
     if kind == "llama3":                         # left out, it is the context, as in transformers
-        context = values.get("max_position_embeddings", 2048)
-        rope.setdefault("original_max_position_embeddings", context)
+        rope.setdefault(
+            "original_max_position_embeddings", values.get("max_position_embeddings", 2048)
+        )
     for key in ROPE_NEEDS[kind]:
         if key not in rope:
             raise ValueError(f"rope type {kind!r} needs {key}")
     fields = {field: rope[key] for key, field in ROPE.items() if key in rope}
-    return {**values, **fields, "rope_type": kind, "rope_theta": rope["rope_theta"]}
+    return values | fields | {"rope_type": kind, "rope_theta": rope["rope_theta"]}
 
 
 def check_config(config):

@@ -207,14 +207,9 @@ def bpe(word, ranks):
     """
     parts = list(word)
     last = -1
-    while len(parts) > 1:
-        pairs = list(pairwise(parts))
-        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
-        if best not in ranks:
-            break
-        last = ranks[best]
-        i = pairs.index(best)
-        parts[i : i + 2] = ["".join(best)]
+    while joins := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
+        last, i = min(joins)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts, last
 
 
@@ -332,8 +327,9 @@ def _byte_level(table, files, config, tokenizer_class, where):
     pad_id = min(free)[2] if free else max_id + 1
     if not config.get("eos_token"):              # a saved folder names its EOS without config.json
         named = json.loads(files.get("tokenizer_config.json", b"{}"))
-        named = {"tokenizer_class": tokenizer_class, **named, "eos_token": eos}
-        files["tokenizer_config.json"] = _dump(named)
+        files["tokenizer_config.json"] = _dump(
+            {"tokenizer_class": tokenizer_class, **named, "eos_token": eos}
+        )
     return ByteLevelBPE(
         vocab=vocab, merges=merges, special=special | {eos: eos_id},
         splits=splits, ignore_merges=model.get("ignore_merges"),
@@ -359,10 +355,12 @@ def _special_tokens(table, refuse, where):
         refuse(f"a vocabulary without all 256 bytes, with unk_token {unk!r:.40} or byte_fallback")
     special = {}
     for token in table.get("added_tokens") or []:
-        name = token["content"]
         if not token.get("special"):
-            refuse(f"the added token {name!r:.40}, found in plain text before anything is split,")
-        special[name] = token["id"]
+            refuse(
+                f"the added token {token['content']!r:.40}, "
+                "found in plain text before anything is split,"
+            )
+        special[token["content"]] = token["id"]
     return special
 
 
