@@ -90,12 +90,11 @@ def make_group(prompt, responses, truncatable=False, extra=None):
 def _parse_response(value, where):
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise InputError(f"{where}: each response needs a \"text\", found {str(value)[:60]!r}")
-    extra = dict(value)
     known = {}
     for key in ("text", "place", "label", "scores", "ended"):
-        if key in extra:
-            known[key] = extra.pop(key)
-    response = Response(**known, extra=extra)
+        if key in value:
+            known[key] = value.pop(key)
+    response = Response(**known, extra=value)    # the keys that are left
     place, label, scores, ended = response.place, response.label, response.scores, response.ended
     if place is not None and not _is_number(place):
         raise InputError(f"{where}: place {place!r:.60} is not a number")
@@ -308,10 +307,8 @@ def _split(groups):
     index = {}
     for group in groups:
         number = index.setdefault(group.prompt, len(index)) + 1
-        if number % HELD_OUT_EVERY:
-            train.append(group)
-        else:
-            held_out.append(group)
+        part = train if number % HELD_OUT_EVERY else held_out
+        part.append(group)
     return train, held_out
 
 

@@ -4,12 +4,12 @@ A folder holds config.json, model.safetensors and the tokenizer's files; transfo
 AutoModelForCausalLM and AutoModelForSequenceClassification load it. What is particular to one
 family of models stands in hub_gpt2.py and hub_llama.py, under the same names in each.
 """
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
+from contextlib import contextmanager
 from os.path import dirname, realpath
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def read_json(path):
     return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _errors_at(place):
     """A ValueError becomes the user's mistake, with the place in front of its message."""
     try:
@@ -149,7 +149,7 @@ def _weight_files(folder):
     return [folder / name for name in sorted(set(names.values()))]
 
 
-@contextlib.contextmanager
+@contextmanager
 def _open_tensors(path):
     """An open safetensors file: its header is read and checked against its size, no tensor is."""
     try:
