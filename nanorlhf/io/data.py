@@ -74,8 +74,7 @@ def _read_json_lines(path):
 
 def _is_number(value):
     """A number that float32 holds: NaN, infinity and integers of 400 digits are none."""
-    is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_numeric and abs(value) <= MAX_FLOAT32
+    return type(value) in (int, float) and abs(value) <= MAX_FLOAT32
 
 
 # -------------------------------------------------------------------------------- groups JSONL
@@ -91,12 +90,11 @@ def make_group(prompt, responses, truncatable=False, extra=None):
 def _parse_response(value, where):
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise InputError(f"{where}: each response needs a \"text\", found {str(value)[:60]!r}")
-    extra = dict(value)
     known = {}
     for key in ("text", "place", "label", "scores", "ended"):
-        if key in extra:
-            known[key] = extra.pop(key)
-    response = Response(**known, extra=extra)
+        if key in value:
+            known[key] = value.pop(key)
+    response = Response(**known, extra=value)    # the keys that are left
     place, label, scores, ended = response.place, response.label, response.scores, response.ended
     if place is not None and not _is_number(place):
         raise InputError(f"{where}: place {place!r:.60} is not a number")
@@ -157,10 +155,10 @@ def write_groups(groups):
             extra = known.pop("extra")
             if response.ended:
                 del known["ended"]
-            line["responses"].append({**known, **extra})
+            line["responses"].append(known | extra)
         if group.truncatable:
             line["cut"] = True
-        lines.append(json.dumps({**line, **group.extra}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps(line | group.extra, ensure_ascii=False) + "\n")
     # half a surrogate pair, which UTF-8 lacks, becomes JSON's own \uXXXX
     return "".join(lines).encode("utf-8", "backslashreplace")
 
@@ -173,14 +171,13 @@ def _read_csv(path, *columns):
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
         raise InputError(
-            f"{path}:{line}: not UTF-8 (byte {byte:#04x}); save it as UTF-8"
+            f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8"
         ) from None
     # strict: else an unclosed quote swallows the rows after it
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        names = list(reader.fieldnames or [])
+        names = reader.fieldnames or []
         for column in columns:
             if names.count(column) != 1:
                 count = "two columns" if column in names else "no column"
@@ -189,10 +186,9 @@ def _read_csv(path, *columns):
                 )
         for row in reader:
             if None in row:                      # after an unquoted comma the columns are others
-                num_fields = len(names) + len(row[None])
                 raise InputError(
-                    f"{path}:{reader.line_num}: {num_fields} fields, {len(names)} columns; "
-                    "quote a text that has a comma"
+                    f"{path}:{reader.line_num}: {len(names) + len(row[None])} fields, "
+                    f"{len(names)} columns; quote a text that has a comma"
                 )
             yield reader.line_num, row
     except csv.Error as error:
@@ -276,10 +272,9 @@ def read_hh(path):
                 raise InputError(f"{path}:{number}: no \"{key}\" (a string) among {_keys(value)}")
             if mark not in text:
                 raise InputError(f"{path}:{number}: \"{key}\" has no {mark!r}: {text[:60]!r}")
-        end = value["chosen"].rindex(mark) + len(mark)
-        prompt = value["chosen"][:end]
-        chosen = value["chosen"][end:]
-        rejected = value["rejected"][end:]
+        start, _, chosen = value["chosen"].rpartition(mark)
+        prompt = start + mark
+        rejected = value["rejected"].removeprefix(prompt)
         if not value["rejected"].startswith(prompt) or mark in rejected:
             dropped["dialogues that part before the last answer"] += 1
         elif chosen == rejected:
@@ -312,10 +307,8 @@ def _split(groups):
     index = {}
     for group in groups:
         number = index.setdefault(group.prompt, len(index)) + 1
-        if number % HELD_OUT_EVERY:
-            train.append(group)
-        else:
-            held_out.append(group)
+        part = train if number % HELD_OUT_EVERY else held_out
+        part.append(group)
     return train, held_out
 
 
@@ -345,8 +338,7 @@ def load(path):
     else:
         parts = [path]
         if not _first_existing(path, "train"):
-            folders = [part for part in sorted(path.iterdir()) if part.is_dir()]
-            parts = [part for part in folders if _first_existing(part, "train")]
+            parts = [part for part in sorted(path.iterdir()) if _first_existing(part, "train")]
         if not parts:
             raise InputError(
                 f"--data {path}: neither FairytaleQA (questions/, section-stories/) "
@@ -362,8 +354,9 @@ def load(path):
             train, held_out = _split(train)
         source = ", ".join(map(str, parts))
     if not train:
-        reasons = dict(+dropped) or "no groups"
-        raise InputError(f"--data {path}: no group left to train on ({reasons})")
+        raise InputError(
+            f"--data {path}: no group left to train on ({dict(+dropped) or 'no groups'})"
+        )
     return Data(train, held_out, +dropped, source)
 
 
@@ -439,8 +432,7 @@ def split_into_pairs(groups):
     """C(K,2) groups of two from each group: what paper A found to overfit, because the pairs of a
     prompt are then in different minibatches.
     """
-    pairs = []
-    for group in groups:
-        for pair in combinations(group.responses, 2):
-            pairs.append(replace(group, responses=list(pair)))
-    return pairs
+    return [
+        replace(group, responses=list(pair))
+        for group in groups for pair in combinations(group.responses, 2)
+    ]

@@ -4,12 +4,13 @@ A folder holds config.json, model.safetensors and the tokenizer's files; transfo
 AutoModelForCausalLM and AutoModelForSequenceClassification load it. What is particular to one
 family of models stands in hub_gpt2.py and hub_llama.py, under the same names in each.
 """
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
+from contextlib import contextmanager
+from os.path import dirname, realpath
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ from . import hub_gpt2, hub_llama
 from .files import file_damage, read_checksums, replace_all
 from .read import MAX_JSON_BYTES, InputError, parse_json, read_bytes
 from .tokenizer import load as read_tokenizer
-from .tokenizer import train_bpe, train_sentencepiece
 
 FAMILIES = {"gpt2": hub_gpt2, "llama": hub_llama}        # model_type in config.json -> its module
 SIZES = {
@@ -30,7 +30,6 @@ SIZES = {
     for family in FAMILIES.values()
     for name, config in family.SIZES.items()
 }
-TOKENIZER_TRAINERS = {"bpe": train_bpe, "sentencepiece": train_sentencepiece}
 # constants that old releases stored
 OLD_BUFFERS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,7 +39,7 @@ def read_json(path):
     return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _errors_at(place):
     """A ValueError becomes the user's mistake, with the place in front of its message."""
     try:
@@ -56,9 +55,9 @@ def trunk_config(values, path):
 
     A setting that is not implemented is refused by its name.
     """
-    family = FAMILIES.get(str(values.get("model_type")))
+    name = values.get("model_type")
+    family = FAMILIES.get(str(name))
     if family is None:
-        name = values.get("model_type")
         raise InputError(f"{path}: model_type {name!r:.80} is neither {' nor '.join(FAMILIES)}")
     with _errors_at(path):
         for key, allowed in family.FIXED.items():
@@ -80,11 +79,9 @@ def _field_value(field, values):
     if value is None and field.default is None:
         return None
     kind = int if field.default is None else type(field.default)
-    valid = isinstance(value, (int, float) if kind is float else kind)
-    valid = valid and isinstance(value, bool) == (kind is bool)        # True is an int to Python
-    if valid and kind in (int, float):
-        valid = 0 < value < 1e9
-    if not valid:
+    allowed = (int, float) if kind is float else (kind,)
+    # type(), not isinstance(): True is an int to Python
+    if type(value) not in allowed or (kind in (int, float) and not 0 < value < 1e9):
         raise ValueError(f"{field.name} {value!r:.80} is not a valid {kind.__name__}")
     return value
 
@@ -103,9 +100,8 @@ def _reward_keys(values, path):
             moments[name] = (mean / 1, std / 1)                        # "0.5" is no number
             if not (math.isfinite(mean) and 0 < std < math.inf):
                 raise ValueError
-        if transform not in REWARD_TRANSFORMS:
-            raise ValueError
-        if max_length is not None and not (type(max_length) is int and max_length > 0):
+        is_length = max_length is None or (type(max_length) is int and max_length > 0)
+        if transform not in REWARD_TRANSFORMS or not is_length:
             raise ValueError
     except (AttributeError, OverflowError, TypeError, ValueError):
         raise InputError(
@@ -126,27 +122,26 @@ def _weight_files(folder):
         return [single]
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        pickled = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))]
+        pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
         hint = ""
         if pickled:
-            hint = f" ({pickled[0]} is pickled and never loaded; convert it to safetensors)"
+            hint = f" ({pickled[0].name} is pickled and never loaded; convert it to safetensors)"
         raise InputError(f"{folder}: no model.safetensors{hint}")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise InputError(
             f"{index}: weight_map {names!r:.40} does not say which tensor is in which file"
         )
-    home = os.path.realpath(folder)
     # in the hub's cache a file in snapshots/REVISION is a link into blobs
-    allowed = (home, os.path.realpath(f"{home}/../../blobs"))
+    allowed = (realpath(folder), realpath(folder / "../../blobs"))
     for name in names.values():
-        plain = isinstance(name, str) and name == Path(name).name and name.isprintable()
+        plain = name == Path(str(name)).name and name.isprintable()
         if not plain or not name.endswith(".safetensors") or len(name) > 255:
             raise InputError(
                 f"{index}: {name!r:.80} is not the name of a safetensors file in this folder"
             )
-        real = os.path.realpath(folder / name)
-        if os.path.dirname(real) not in allowed:
+        real = realpath(folder / name)
+        if dirname(real) not in allowed:
             raise InputError(
                 f"{index}: {name!r:.80} is a link to {real}, outside this folder; "
                 "put the file itself here"
@@ -154,7 +149,7 @@ def _weight_files(folder):
     return [folder / name for name in sorted(set(names.values()))]
 
 
-@contextlib.contextmanager
+@contextmanager
 def _open_tensors(path):
     """An open safetensors file: its header is read and checked against its size, no tensor is."""
     try:
@@ -168,16 +163,17 @@ def _open_tensors(path):
 def _read_headers(folder):
     """What the files claim to hold, before anything is allocated for it.
 
-    -> {path: {tensor name: shape}}
+    -> {(path, tensor name): shape}
     """
     headers = {}
     for path in _weight_files(folder):
         with _open_tensors(path) as file:
-            headers[path] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            for key in file.keys():
+                headers[path, key] = tuple(file.get_slice(key).get_shape())
     return headers
 
 
-def _match_tensors(parameters, names, headers, optional):
+def _match_tensors(module, names, headers, optional):
     """Compares headers and model: all tensors and parameters are accounted for, all shapes agree.
 
     -> {(path, tensor name): parameter name}, optional tensors last
@@ -186,28 +182,26 @@ def _match_tensors(parameters, names, headers, optional):
     sources = {}
     copies = {}
     prefix = next(iter(names)).split(".")[0]     # the trunk's: its embedding comes first
-    for path, header in headers.items():
-        for key, shape in header.items():
-            if optional.get(key):
-                copies[path, key] = optional[key]
-            if OLD_BUFFERS.search(key) or key in optional:
-                continue
-            # GPT-2 was published without its prefix
-            name = key if key in names else f"{prefix}.{key}"
-            if name not in missing:
-                raise InputError(f"{path}: tensor {key!r:.80} is not part of this model")
-            parameter = missing.pop(name)
-            sources[path, key] = parameter
-            expected = tuple(parameters[parameter].shape)
-            if shape != expected:
-                raise InputError(
-                    f"{path}: tensor {key!r:.80} has shape {shape!s:.80}, "
-                    f"config.json says {expected}"
-                )
+    for (path, key), shape in headers.items():
+        if optional.get(key):
+            copies[path, key] = optional[key]
+        if OLD_BUFFERS.search(key) or key in optional:
+            continue
+        # GPT-2 was published without its prefix
+        name = key if key in names else f"{prefix}.{key}"
+        if name not in missing:
+            raise InputError(f"{path}: tensor {key!r:.80} is not part of this model")
+        sources[path, key] = missing.pop(name)
+        expected = tuple(module.get_parameter(names[name]).shape)
+        if shape != expected:
+            raise InputError(
+                f"{path}: tensor {key!r:.80} has shape {shape!s:.80}, config.json says {expected}"
+            )
     if missing:
-        folder = next(iter(headers)).parent
-        first = next(iter(missing))
-        raise InputError(f"{folder}: tensor {first!r} is missing ({len(missing)} in all)")
+        folder = next(iter(headers))[0].parent
+        raise InputError(
+            f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)"
+        )
     return sources | copies
 
 
@@ -219,20 +213,20 @@ def _load_weights(module, names, headers, optional):
     optional: a tensor that may be in the file without a parameter of its own -> the parameter that
         it must equal (a tied head), or None where the tensor is not needed
     """
-    sources = _match_tensors(dict(module.named_parameters()), names, headers, optional)
+    sources = _match_tensors(module, names, headers, optional)
     try:
-        parameters = dict(module.to_empty(device="cpu").named_parameters())
+        module.to_empty(device="cpu")
     except RuntimeError:
         n = sum(p.numel() for p in module.parameters())
         raise InputError(
-            f"{next(iter(headers))}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, "
+            f"{next(iter(headers))[0]}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, "
             "do not fit into memory"
         ) from None
     for (path, key), name in sources.items():
         place = f"{path}: tensor {key!r}"
         with _open_tensors(path) as file:
             tensor = file.get_tensor(key)
-        parameter = parameters[name]
+        parameter = module.get_parameter(name)
         if key in optional and not torch.equal(tensor.float(), parameter):
             raise InputError(
                 f"{place} is not the embedding, but config.json has tie_word_embeddings true; "
@@ -249,8 +243,8 @@ def _load_weights(module, names, headers, optional):
 def _hub_names(trunk):
     """Tensor name in a hub file -> parameter name of the trunk."""
     names = {}
-    for key, _ in trunk.named_parameters():
-        names[key if key.startswith("lm_head") else trunk.prefix + key] = key
+    for key in trunk.state_dict():
+        names[key if key == "lm_head.weight" else trunk.prefix + key] = key
     return names
 
 
@@ -299,10 +293,9 @@ def _meta_trunk(folder, family, config):
     path = folder / "config.json"
     headers = _read_headers(folder)
     num_layers = getattr(config, family.NUM_LAYERS)
-    num_tensors = sum(map(len, headers.values()))
-    if num_layers > num_tensors:
+    if num_layers > len(headers):
         raise InputError(
-            f"{path}: {num_layers:,} layers, but {num_tensors:,} tensors beside it: "
+            f"{path}: {num_layers:,} layers, but {len(headers):,} tensors beside it: "
             "they do not belong together"
         )
     try:
@@ -401,9 +394,8 @@ def init_or_load(init, tokenizer_folder, texts, head=True):
     if tokenizer_folder:
         tokenizer = load_tokenizer(model_folder(tokenizer_folder))
     elif is_nano:
-        train = TOKENIZER_TRAINERS[FAMILIES[Trunk.family].TOKENIZER]
         with _errors_at(f"--init {init}"):
-            tokenizer = train(texts(), config.vocab_size)
+            tokenizer = FAMILIES[Trunk.family].train_tokenizer(texts(), config.vocab_size)
     else:
         raise InputError(
             f"--init {init} is random weights of a real size: "
@@ -462,34 +454,32 @@ def _save_model(folder, trunk, tokenizer, tensors, extra_values):
         "pad_token_id": tokenizer.pad_id if tokenizer.pad_id < vocab_size else None,
         "dtype": "float32",
         "torch_dtype": "float32",
-        **extra_values,
+        **extra_values
     }
-    contents = {
+    replace_all(folder, {
         **tokenizer.files,
         "model.safetensors": save_tensors(tensors, {"format": "pt"}),
-        "config.json": (json.dumps(values, indent=1, sort_keys=True) + "\n").encode(),
-    }
-    replace_all(folder, contents)
+        "config.json": (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+    })
 
 
 def save_policy(folder, policy, tokenizer):
     trunk = policy.trunk
-    extra_values = {"architectures": [FAMILIES[trunk.family].CAUSAL_LM]}
-    _save_model(folder, trunk, tokenizer, _hub_tensors(trunk), extra_values)
+    architectures = [FAMILIES[trunk.family].CAUSAL_LM]
+    _save_model(folder, trunk, tokenizer, _hub_tensors(trunk), {"architectures": architectures})
 
 
 def save_reward_model(folder, reward):
     """The head itself in score.weight; transform, mean and deviation as keys of config.json."""
     trunk = reward.model.trunk
     score = reward.model.score
-    pad_id = reward.tokenizer.pad_id
     family = FAMILIES[trunk.family]
     tensors = _hub_tensors(trunk)
     tensors.pop("lm_head.weight", None)
     tensors["score.weight"] = score.weight.detach().float().cpu()
     embedding = trunk.prefix + family.EMBEDDING
     # a padding id of its own, beyond the table: one more row, unused here, for transformers
-    new_rows = max(0, pad_id + 1 - trunk.config.vocab_size)
+    new_rows = max(0, reward.tokenizer.pad_id + 1 - trunk.config.vocab_size)
     tensors[embedding] = torch.cat([tensors[embedding], torch.zeros(new_rows, trunk.width)])
     labels = [f"LABEL_{i}" for i in range(score.out_features)]
     extra_values = {
@@ -499,7 +489,7 @@ def save_reward_model(folder, reward):
         "nanorlhf_reward": {
             "map": reward.transform,
             "moments": reward.norm_stats,
-            "max_length": reward.max_length,
-        },
+            "max_length": reward.max_length
+        }
     }
     _save_model(folder, trunk, reward.tokenizer, tensors, extra_values)

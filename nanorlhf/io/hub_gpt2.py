@@ -1,5 +1,6 @@
 """What Hugging Face's folders say of GPT-2: all that hub.py asks of a family."""
 from .. import gpt2
+from .tokenizer import train_bpe
 
 Trunk = gpt2.GPT2
 SIZES = gpt2.SIZES
@@ -7,12 +8,12 @@ CAUSAL_LM = "GPT2LMHeadModel"                    # transformers' names of policy
 CLASSIFIER = "GPT2ForSequenceClassification"
 EMBEDDING = "wte.weight"                         # the parameter that a tied head shares
 NUM_LAYERS = "n_layer"                           # the field of the config
-TOKENIZER = "bpe"                                # what a nano size trains on its data
+train_tokenizer = train_bpe                      # a nano size trains its tokenizer on its data
 FIXED = {                                        # implemented for these values alone, default first
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
+    "add_cross_attention": (False,)
 }
 
 
@@ -35,7 +36,7 @@ def values_for_hub(config, tokenizer):
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
-        "bos_token_id": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        "bos_token_id": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     }
 
 

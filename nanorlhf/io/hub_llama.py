@@ -2,6 +2,7 @@
 import torch
 
 from .. import llama
+from .tokenizer import train_sentencepiece
 
 Trunk = llama.Llama
 SIZES = llama.SIZES
@@ -9,17 +10,17 @@ CAUSAL_LM = "LlamaForCausalLM"                   # transformers' names of policy
 CLASSIFIER = "LlamaForSequenceClassification"
 EMBEDDING = "embed_tokens.weight"                # the parameter that a tied head shares
 NUM_LAYERS = "num_hidden_layers"                 # the field of the config
-TOKENIZER = "sentencepiece"                      # what a nano size trains on its data
+train_tokenizer = train_sentencepiece            # a nano size trains its tokenizer on its data
 FIXED = {                                        # implemented for these values alone, default first
     "hidden_act": ("silu",),
     "attention_bias": (False,),
-    "mlp_bias": (False,),
+    "mlp_bias": (False,)
 }
 ROPE = {                                         # name in config.json -> field of LlamaConfig
     "factor": "rope_factor",
     "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor",
-    "original_max_position_embeddings": "rope_original_context",
+    "original_max_position_embeddings": "rope_original_context"
 }
 ROPE_NEEDS = {"default": [], "linear": ["factor"], "llama3": [*ROPE]}
 
@@ -38,26 +39,28 @@ def values_from_hub(values):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if str(kind) not in ROPE_NEEDS:
         raise ValueError(f"rope type {kind!r:.80} is not implemented ({', '.join(ROPE_NEEDS)})")
-    partial = rope.get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise ValueError(f"partial_rotary_factor {partial!r:.80} is not implemented (only 1)")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(
+            f"partial_rotary_factor {rope['partial_rotary_factor']!r:.80} "
+            "is not implemented (only 1)"
+        )
     if kind == "llama3":                         # left out, it is the context, as in transformers
-        context = values.get("max_position_embeddings", 2048)
-        rope.setdefault("original_max_position_embeddings", context)
+        rope.setdefault(
+            "original_max_position_embeddings", values.get("max_position_embeddings", 2048)
+        )
     for key in ROPE_NEEDS[kind]:
         if key not in rope:
             raise ValueError(f"rope type {kind!r} needs {key}")
     fields = {field: rope[key] for key, field in ROPE.items() if key in rope}
-    return {**values, **fields, "rope_type": kind, "rope_theta": rope["rope_theta"]}
+    return values | fields | {"rope_type": kind, "rope_theta": rope["rope_theta"]}
 
 
 def check_config(config):
     """Raises ValueError where fields do not fit together."""
-    n_head = config.num_attention_heads
-    n_kv_head = config.key_value_heads
-    if n_head % n_kv_head:
+    if config.num_attention_heads % config.key_value_heads:
         raise ValueError(
-            f"num_key_value_heads {n_kv_head} does not divide num_attention_heads {n_head}"
+            f"num_key_value_heads {config.key_value_heads} does not divide "
+            f"num_attention_heads {config.num_attention_heads}"
         )
     d = config.head_width
     if d % 2 or not d:
@@ -77,7 +80,7 @@ def values_for_hub(config, tokenizer):
         "rope_theta": config.rope_theta,
         "rope_scaling": {"rope_type": kind, **scaling} if scaling else None,
         "rope_parameters": {"rope_type": kind, "rope_theta": config.rope_theta, **scaling},
-        "bos_token_id": tokenizer.bos_id,
+        "bos_token_id": tokenizer.bos_id
     }
 
 

@@ -15,6 +15,7 @@ import io
 import json
 from collections import Counter, defaultdict
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import regex  # tiktoken depends on it; `re` knows no \p{L}
@@ -30,7 +31,7 @@ EXTRA_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    "chat_template.jinja"
 )
 MAX_TOKENIZER_BYTES = 2**27      # a tokenizer.json of 256 thousand tokens has 33 million
 MAX_IDS_PER_TOKEN = 4            # vocab_size is the embedding's: real ones have no gaps, or few
@@ -91,7 +92,7 @@ class SentencePiece(Tokenizer):
             raise ValueError(
                 f"{where}: the model has no end-of-sentence piece; train it with eos_id 2"
             )
-        self._underscore = [sp.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()]
+        self._underscore = sp.piece_to_id(["<0xE2>", "<0x96>", "<0x81>"])
         probe = " a  b\n\tÀé\u0301ﬁ①😀▁ "
         decoded = self.decode(self.encode(probe))
         if decoded != probe:
@@ -206,14 +207,9 @@ def bpe(word, ranks):
     """
     parts = list(word)
     last = -1
-    while len(parts) > 1:
-        pairs = list(zip(parts, parts[1:]))
-        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
-        if best not in ranks:
-            break
-        last = ranks[best]
-        i = pairs.index(best)
-        parts[i : i + 2] = ["".join(best)]
+    while joins := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
+        last, i = min(joins)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts, last
 
 
@@ -229,7 +225,7 @@ def load(folder):
         ("tokenizer.model",): _from_sentencepiece,
         ("tokenizer.json",): _from_tokenizer_json,
         ("vocab.json", "merges.txt"): _from_gpt2,
-        ("encoder.json", "vocab.bpe"): _from_gpt2,
+        ("encoder.json", "vocab.bpe"): _from_gpt2
     }
     for names in builders:
         if all((folder / name).is_file() for name in names):
@@ -252,9 +248,7 @@ def load(folder):
     try:
         return builders[names](files, config, folder)
     # mostly a JSON value of the wrong type
-    except (
-        KeyError, TypeError, AttributeError, IndexError, UnicodeError, RecursionError
-    ) as error:
+    except (LookupError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
         raise ValueError(
             f"{folder}: a tokenizer file has not the expected layout ({error!r:.150}); "
             "download it again"
@@ -267,7 +261,7 @@ def _from_sentencepiece(files, config, folder):
         "add_bos_token": True,
         "bos_token": "<s>",
         "eos_token": "</s>",
-        "unk_token": "<unk>",
+        "unk_token": "<unk>"
     }
     files = {"tokenizer_config.json": _dump(defaults)} | files
     return SentencePiece(files, folder / "tokenizer.model")
@@ -281,7 +275,7 @@ def _from_gpt2(files, config, folder):
     vocab = _parse_object(files["vocab.json"], folder / "vocab.json")
     table = {
         "model": {"vocab": vocab, "merges": [merge for merge in merges if merge]},
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}
     }
     return _byte_level(table, files, config, "GPT2Tokenizer", folder)
 
@@ -333,19 +327,14 @@ def _byte_level(table, files, config, tokenizer_class, where):
     pad_id = min(free)[2] if free else max_id + 1
     if not config.get("eos_token"):              # a saved folder names its EOS without config.json
         named = json.loads(files.get("tokenizer_config.json", b"{}"))
-        named = {"tokenizer_class": tokenizer_class, **named, "eos_token": eos}
-        files = files | {"tokenizer_config.json": _dump(named)}
+        files["tokenizer_config.json"] = _dump(
+            {"tokenizer_class": tokenizer_class, **named, "eos_token": eos}
+        )
     return ByteLevelBPE(
-        vocab=vocab,
-        merges=merges,
-        special=special | {eos: eos_id},
-        splits=splits,
-        ignore_merges=bool(model.get("ignore_merges")),
-        eos_id=eos_id,
-        bos_id=bos_id,
-        pad_id=pad_id,
-        files=files,
-        where=where,
+        vocab=vocab, merges=merges, special=special | {eos: eos_id},
+        splits=splits, ignore_merges=model.get("ignore_merges"),
+        eos_id=eos_id, bos_id=bos_id, pad_id=pad_id,
+        files=files, where=where
     )
 
 
@@ -366,10 +355,12 @@ def _special_tokens(table, refuse, where):
         refuse(f"a vocabulary without all 256 bytes, with unk_token {unk!r:.40} or byte_fallback")
     special = {}
     for token in table.get("added_tokens") or []:
-        name = token["content"]
         if not token.get("special"):
-            refuse(f"the added token {name!r:.40}, found in plain text before anything is split,")
-        special[name] = token["id"]
+            refuse(
+                f"the added token {token['content']!r:.40}, "
+                "found in plain text before anything is split,"
+            )
+        special[token["content"]] = token["id"]
     return special
 
 
@@ -444,13 +435,11 @@ def _named_token(kind, ids, config):
 
 def _split_isolated(pattern, text):
     """The matches of a pattern and what lies between them, in order."""
-    pieces = []
-    end = 0
+    cuts = [0]
     for match in pattern.finditer(text):
-        pieces += [text[end : match.start()], match[0]]
-        end = match.end()
-    pieces.append(text[end:])
-    return [piece for piece in pieces if piece]
+        cuts += match.span()
+    cuts.append(len(text))
+    return [text[start:end] for start, end in pairwise(cuts) if start < end]
 
 
 # ------------------------------------------------------------------------------------ training
@@ -472,8 +461,7 @@ def train_bpe(texts, vocab_size):
     words_with = defaultdict(set)                # pair -> words
 
     def count_pairs(word, n):
-        parts = parts_of[word]
-        for pair in zip(parts, parts[1:]):
+        for pair in pairwise(parts_of[word]):
             pair_counts[pair] += n
             words_with[pair].add(word)
 
@@ -501,7 +489,7 @@ def train_bpe(texts, vocab_size):
     lines = ["#version: 0.2", *map(" ".join, merges), ""]
     files = {
         "vocab.json": _dump({token: i for i, token in enumerate(tokens)}),
-        "merges.txt": "\n".join(lines).encode(),
+        "merges.txt": "\n".join(lines).encode()
     }
     return _from_gpt2(files, {}, Path("trained BPE"))
 
@@ -534,7 +522,7 @@ def train_sentencepiece(texts, vocab_size):
             pad_id=-1,
             max_sentence_length=1 << 20,
             num_threads=1,                       # the same model every time
-            minloglevel=2,
+            minloglevel=2
         )
     except RuntimeError as error:
         raise ValueError(
@@ -579,9 +567,8 @@ def _parse_object(raw, where):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); download it again") from error
     if not isinstance(table, dict):
-        kind = type(table).__name__
         raise ValueError(
-            f"{where}: a JSON object is expected, found {kind}; download it again"
+            f"{where}: a JSON object is expected, found {type(table).__name__}; download it again"
         )
     return table
 
