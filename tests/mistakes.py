@@ -1303,7 +1303,7 @@ MISTAKES = [
     Mistake(
         name="clipping parameter by parameter",
         file=OPTIM,
-        old="torch.nn.utils.clip_grads_with_norm_(model.parameters(), MAX_GRAD_NORM, norm)",
+        old="clip_grads_with_norm_(model.parameters(), MAX_GRAD_NORM, norm)",
         new="[torch.nn.utils.clip_grad_norm_([p], MAX_GRAD_NORM) for p in model.parameters()]",
         test="test_faults.py::test_update_clips_the_norm_of_the_whole_gradient",
     ),
@@ -1424,15 +1424,15 @@ MISTAKES = [
     Mistake(
         name="oneDNN without the bias",
         file=KERNELS,
-        old="layer.weight, layer.bias,",
-        new="layer.weight, None,",
+        old="layer.weight.t(), layer.bias)",
+        new="layer.weight.t(), None)",
         test="test_paths.py::test_decoding_with_onednn_says_the_same",
     ),
     Mistake(
         name="the last block counted in full",
         file=SPEED,
-        old="read * late)",
-        new="columns * late)",
+        old="tokens_read * after_attention)",
+        new="num_tokens * after_attention)",
         test="test_speed.py::test_operations_of_gpt2_by_hand",
     ),
     # ---------------------------------------------------------------------------- Several processes
@@ -1449,7 +1449,7 @@ MISTAKES = [
     Mistake(
         name="gradients that nobody adds up",
         file=DIST,
-        old="waiting.append(distributed.all_reduce(parameter.grad, async_op=True))",
+        old="pending.append(distributed.all_reduce(parameter.grad, async_op=True))",
         new="pass",
         test="test_processes.py::test_the_same_update[sft-two processes]",
     ),
