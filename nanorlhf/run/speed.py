@@ -133,5 +133,5 @@ class Meter:
             "tokens_per_second": num_tokens / seconds,
             "padding": 1 - num_tokens / computed,
             "mfu": flops / seconds / self.limit,
-            "seconds": seconds,
+            "seconds": seconds
         }

@@ -33,8 +33,9 @@ class TrainingRun:
         self.optimizer = optimizer
         self.numbers = numbers
         self.first_step = numbers["step"]
-        counts = (numbers["skipped"], numbers["in_a_row"])
-        self.guard = NonFiniteGuard(config, script, model, *counts)
+        self.guard = NonFiniteGuard(
+            config, script, model, numbers["skipped"], numbers["in_a_row"]
+        )
         # also where it resumes: --steps may be more than before
         run_folder.write_config(config, script, parent)
         self.log = Log(config.out, self.first_step, config.steps, progress, dist.rank() == 0)
@@ -60,10 +61,9 @@ class TrainingRun:
         """
         is_last = self.is_last(step)
         if is_last or self.signum or (step + 1) % self.config.save_every == 0:
-            numbers |= self.guard.numbers()
             run_folder.save(
                 self.config, self.script, self.model, self.optimizer,
-                step + 1, export, **numbers
+                step + 1, export, **numbers, **self.guard.numbers()
             )
         if self.signum and not is_last:
             raise Preempted(self.signum)
@@ -84,7 +84,7 @@ def describe_run(config, rows, dropped, device, optimizer, meter):
         "step": f"{config.groups} groups, about {columns} columns; "
                 f"{config.steps} steps = {epochs:.2f} epochs",
         "numbers": describe_numbers(config, device, optimizer),
-        "machine": meter,
+        "machine": meter
     }
 
 
