@@ -137,8 +137,9 @@ def write(policy, config, device):
     max_length = context_limit(config.max_length, policy.trunk.config.context)
     rows, dropped = encode_all(prompts, policy.tokenizer, max_length, config.max_new_tokens)
     if not rows:
-        reasons = dict(dropped) or "the split is empty"
-        raise InputError(f"--data {config.data}: no prompt left ({reasons})")
+        raise InputError(
+            f"--data {config.data}: no prompt left ({dict(dropped) or 'the split is empty'})"
+        )
     room = [len(row.prompt) + config.k * config.max_new_tokens for row in rows]
     local_rows = [rows[i] for i in partition(room, dist.world_size())[dist.rank()]]
     drawn = draw_distinct(policy, local_rows, config)

@@ -263,7 +263,7 @@ def _load(config, model, optimizer, initial):
         # A kill in the last save may have left older states, and no save follows that removes them.
         for older in paths[i + KEEP:]:
             older.unlink()
-        return numbers | {"has_moments": len(optimizer.state) > 0}
+        return numbers | {"has_moments": bool(optimizer.state)}
     problem = "; ".join(problems) or f"{out}: no state here"
     raise InputError(f"{problem}; remove the folder to start again")
 
