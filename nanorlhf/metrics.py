@@ -10,7 +10,8 @@ def pair_accuracy(rows, scores):
     -> eval_accuracy, eval_pairs, and eval_accuracy_of_longer, which longer responses would have: a
     baseline without a model
     """
-    right = longer = 0.0
+    right = 0.0
+    longer = 0.0
     pairs = 0
     for row, score in zip(rows, scores):
         length = [len(response) for response in row.responses]
@@ -24,7 +25,7 @@ def pair_accuracy(rows, scores):
     return {
         "eval_accuracy": right / max(pairs, 1),
         "eval_pairs": pairs,
-        "eval_accuracy_of_longer": longer / max(pairs, 1),
+        "eval_accuracy_of_longer": longer / max(pairs, 1)
     }
 
 

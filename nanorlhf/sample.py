@@ -7,23 +7,22 @@
     torchrun --nproc_per_node=8 -m nanorlhf.sample ...     the same file by eight GPUs
 """
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from .batching import Stream, encode_all, partition
 from .generate import Sampling, generate
 from .io import data, hub
-from .io.data import Group, Response
+from .io.data import Response
 from .io.files import replace
 from .io.read import InputError
 from .run import dist, kernels, precision
-from .run.cli import check_bounds, context_limit, run_script
+from .run.cli import COMMON_BOUNDS, check_bounds, context_limit, run_script
 
 MAX_REDRAWS = 3            # how often a sample that says the same as another is drawn again
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     policy: str                # a run or a model folder
     compare_with: str = ""     # a second policy, shown beside the first
@@ -58,33 +57,29 @@ def draw(policy, rows, config, first_sample=0):
     tokenizer = policy.tokenizer
     sampling = Sampling(
         config.k, config.max_new_tokens, tokenizer.eos_id, config.seed, Stream.SAMPLE,
-        config.temperature, config.top_p, config.max_tokens,
+        config.temperature, config.top_p, config.max_tokens
     )
     prompts = [row.prompt for row in rows]
     indices = [row.index for row in rows]
     with precision.autocast(policy, config.dtype):
         responses = generate(policy.trunk, prompts, indices, sampling, 0, first_sample)
-    drawn = []
-    for samples in responses:
-        answers = []
-        for ids in samples:
-            ended = ids[-1] == tokenizer.eos_id
-            answers.append((tokenizer.decode(ids[:-1] if ended else ids), ended))
-        drawn.append(answers)
-    return drawn
+
+    def answer(ids):
+        ended = ids[-1] == tokenizer.eos_id
+        return tokenizer.decode(ids[:-1] if ended else ids), ended
+
+    return [list(map(answer, samples)) for samples in responses]
 
 
 def draw_distinct(policy, rows, config):
     """As `draw`; a text that its prompt has already is drawn again, a bounded number of times."""
     drawn = draw(policy, rows, config)
     for attempt in range(1, MAX_REDRAWS + 1):
-        repeated = []
-        for i, answers in enumerate(drawn):
-            if len({text for text, _ in answers}) < config.k:
-                repeated.append(i)
+        # dict: one key per text
+        repeated = [i for i, answers in enumerate(drawn) if len(dict(answers)) < config.k]
         if not repeated or config.temperature == 0:
             break
-        redrawn = draw(policy, [rows[i] for i in repeated], config, first_sample=attempt * config.k)
+        redrawn = draw(policy, [rows[i] for i in repeated], config, attempt * config.k)
         for i, answers in zip(repeated, redrawn):
             seen = set()
             for j, (text, _) in enumerate(drawn[i]):
@@ -109,7 +104,7 @@ def distinct_prompts(dataset, config):
     """One group per prompt of the split, with all responses that the data has for it."""
     distinct = {}
     for group in getattr(dataset, config.split):
-        empty = Group(group.prompt, [], group.truncatable, group.extra)
+        empty = dataclasses.replace(group, responses=[])
         distinct.setdefault(group.prompt, empty).responses.extend(group.responses)
     return list(distinct.values())[: config.max_prompts or None]
 
@@ -124,7 +119,7 @@ def sampled_group(group, answers, config):
             label = 1 if r.label is None else r.label
             responses.append(Response(r.text, label=label, ended=r.ended))
     responses += [Response(text, label=0, ended=ended) for text, ended in answers]
-    return Group(group.prompt, responses, group.truncatable, group.extra)
+    return dataclasses.replace(group, responses=responses)
 
 
 def write(policy, config, device):
@@ -138,19 +133,20 @@ def write(policy, config, device):
         )
     judge = hub.load_reward(config.judge).to(device, config.dtype) if config.judge else None
     groups = distinct_prompts(dataset, config)
-    prompts = [Group(group.prompt, [], group.truncatable) for group in groups]
+    prompts = [dataclasses.replace(group, responses=[]) for group in groups]
     max_length = context_limit(config.max_length, policy.trunk.config.context)
     rows, dropped = encode_all(prompts, policy.tokenizer, max_length, config.max_new_tokens)
     if not rows:
-        reasons = dict(dropped) or "the split is empty"
-        raise InputError(f"--data {config.data}: no prompt left ({reasons})")
+        raise InputError(
+            f"--data {config.data}: no prompt left ({dict(dropped) or 'the split is empty'})"
+        )
     room = [len(row.prompt) + config.k * config.max_new_tokens for row in rows]
     local_rows = [rows[i] for i in partition(room, dist.world_size())[dist.rank()]]
     drawn = draw_distinct(policy, local_rows, config)
     local_ids = [row.index for row in local_rows]
-    local_groups = []
-    for i, answers in zip(local_ids, drawn):
-        local_groups.append(sampled_group(groups[i], answers, config))
+    local_groups = [
+        sampled_group(groups[i], answers, config) for i, answers in zip(local_ids, drawn)
+    ]
     if judge:
         add_judgement(local_groups, judge)
     local_responses = [[dataclasses.asdict(r) for r in group.responses] for group in local_groups]
@@ -186,8 +182,8 @@ def show(folder, config, device):
     """A policy's continuations of --prompt."""
     policy = load_policy(folder, config, device)
     context = policy.trunk.config.context
-    prompt = data.make_group(config.prompt, [])
-    rows, _ = encode_all([prompt], policy.tokenizer, context, config.max_new_tokens)
+    prompts = [data.make_group(config.prompt, [])]
+    rows, _ = encode_all(prompts, policy.tokenizer, context, config.max_new_tokens)
     if not rows:
         raise InputError(
             f"{folder} has {context} positions: "
@@ -199,9 +195,7 @@ def show(folder, config, device):
 
 
 def main(config):
-    check_bounds(
-        config, k=1, max_new_tokens=1, top_p=(1e-6, 1), max_tokens=1, seed=(0, 2**63 - 1)
-    )
+    check_bounds(config, k=1, max_new_tokens=1, top_p=(1e-6, 1), **COMMON_BOUNDS)
     if bool(config.prompt) == bool(config.data):
         raise InputError("give either --prompt or --data")
     if config.data and config.compare_with:

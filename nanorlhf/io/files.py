@@ -98,8 +98,10 @@ def replace_all(folder, contents, remove=()):
 
 def partial_files(folder):
     """What a killed process may have left in a folder: our NAME.tmp, safetensors' .tmpABCDEF."""
-    paths = Path(folder).glob("*")
-    return [path for path in paths if path.suffix == ".tmp" or path.name.startswith(".tmp")]
+    return [
+        path for path in Path(folder).glob("*")
+        if path.suffix == ".tmp" or path.name.startswith(".tmp")
+    ]
 
 
 def lock_folder(folder):
@@ -138,7 +140,7 @@ def read_checksums(folder):
 
     Empty where the file is absent; lines of another form are ignored.
     """
-    path = Path(folder) / SUMS
+    path = Path(folder, SUMS)
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     checksums = {}
     for line in text.splitlines():
@@ -150,7 +152,7 @@ def read_checksums(folder):
 
 def folder_damage(folder):
     """The first problem with SHA256SUMS or with the files that it lists, in words, or None."""
-    path = Path(folder) / SUMS
+    path = Path(folder, SUMS)
     if not path.is_file() or not path.read_bytes().endswith(b"\n"):
         return f"{SUMS} is gone or cut"
     for name in read_checksums(folder):

@@ -36,8 +36,10 @@ def read_bytes(path, max_bytes=None):
         # ValueError: a name that no file can have
         raise InputError(f"{path}: cannot be read ({error})") from None
     if len(raw) > max_bytes:
-        size = f"{max_bytes:,} bytes{' when unzipped' * is_zipped}"
-        raise InputError(f"{path}: more than {size}, the most that is read; split the file")
+        raise InputError(
+            f"{path}: more than {max_bytes:,} bytes{' when unzipped' * is_zipped}, "
+            "the most that is read; split the file"
+        )
     return bytes(raw)
 
 
@@ -50,8 +52,10 @@ def parse_json(raw, where):
         value = json.loads(raw.decode("utf-8-sig"))
         _check_depth(value, 1)
     except UnicodeDecodeError as error:
-        problem = f"not UTF-8 (byte {error.object[error.start]:#04x}), so not JSON"
-        raise InputError(f"{where}: {problem}; save it as UTF-8") from None
+        raise InputError(
+            f"{where}: not UTF-8 (byte {error.object[error.start]:#04x}), so not JSON; "
+            "save it as UTF-8"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({str(error)[:80]}): {start!r}") from None
     if not isinstance(value, dict):
@@ -82,6 +86,7 @@ def import_file(path):
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:     # a script that parses its own command line exits
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: cannot be imported ({reason})") from None
+        raise InputError(
+            f"{path}: cannot be imported ({type(error).__name__}: {error})"
+        ) from None
     return module

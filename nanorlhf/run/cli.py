@@ -103,27 +103,24 @@ def context_limit(max_length, context):
 
 # ------------------------------------------------------------------------------- how a script ends
 
-class Reporter:
-    """Chooses the process that prints why a job ends: several may end with the same message."""
-
-    store = None           # that the processes of the job share; dist.setup fills it in
-
-    def should_report(self, message, is_echo):
-        """Is this process the first of the job with this message? Without a store: of its machine.
-
-        is_echo: the error says that another process has ended; it is printed only where no process
-        has printed a reason.
-        """
-        if self.store is None:
-            return os.environ.get("LOCAL_RANK", "0") == "0"
-        try:
-            is_first = self.store.add("any message", 1) == 1
-            return is_first if is_echo else self.store.add(message, 1) == 1
-        except RuntimeError:                     # the process that held the store has ended
-            return True
+# that the processes of the job share, to print the same message once; dist.setup fills it in
+report_store = None
 
 
-reporter = Reporter()
+def should_report(message, is_echo):
+    """Is this process the first of the job with this message? Without a store: of its machine.
+
+    It alone prints why the job ends: several processes may end with the same message.
+    is_echo: the error says that another process has ended; it is printed only where no process has
+    printed a reason.
+    """
+    if report_store is None:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        is_first = report_store.add("any message", 1) == 1
+        return is_first if is_echo else report_store.add(message, 1) == 1
+    except RuntimeError:                         # the process that held the store has ended
+        return True
 
 
 def run_script(main, cls):
@@ -150,7 +147,7 @@ def run_script(main, cls):
     except KeyboardInterrupt as error:
         message = str(error) or "stopped"
         code = getattr(error, "code", 130)
-    if reporter.should_report(message, is_echo):
+    if should_report(message, is_echo):
         # an error of a user's function may have several lines
         print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -42,15 +42,16 @@ def setup(device, seed):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if world_size() > 1 and device.startswith("cuda"):
         if device != "cuda":
-            problem = "torchrun gives each process its own GPU; say cuda"
-            raise InputError(f"--device {device}: {problem}")
+            raise InputError(
+                f"--device {device}: torchrun gives each process its own GPU; say cuda"
+            )
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item()
     except Exception as error:             # AssertionError or RuntimeError, by torch's build
-        reason = str(error).splitlines()[0]
-        raise OSError(errno.ENODEV, f"not usable here ({reason})", f"--device {device}") from None
+        reason = f"not usable here ({str(error).splitlines()[0]})"
+        raise OSError(errno.ENODEV, reason, f"--device {device}") from None
     if device.type == "cpu":
         _keep_freed_memory()
     elif device.index is not None:
@@ -80,7 +81,7 @@ def _init_process_group():
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     # after a traceback, destroying the group might wait for ever
     atexit.register(lambda: hasattr(sys, "last_value") or distributed.destroy_process_group())
-    cli.reporter.store = distributed.PrefixStore("reports", store)
+    cli.report_store = distributed.PrefixStore("reports", store)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -102,10 +103,8 @@ def _keep_freed_memory():
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        M_TRIM_THRESHOLD = -1
-        M_MMAP_MAX = -4
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(-4, 0)                     # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD
 
 
 # --------------------------------------------------------------------------------- collectives
@@ -200,8 +199,8 @@ def on_rank_zero(work):
         except InputError as error:
             outcome = {"input_error": str(error)}
         except OSError as error:
-            filename = error.filename and str(error.filename)
-            outcome = {"os_error": [error.errno, error.strerror or str(error), filename]}
+            reason = error.strerror or str(error)
+            outcome = {"os_error": [error.errno, reason, error.filename and str(error.filename)]}
     outcome = all_gather_object(outcome)[0]
     if "input_error" in outcome:
         raise InputError(outcome["input_error"])

@@ -43,12 +43,22 @@ class Log:
         self.files = {}
         if is_main:
             for name in ("metrics", "samples"):
-                self._open(name, Path(out) / f"{name}.jsonl")
+                self._open(name, Path(out, f"{name}.jsonl"))
 
     def _open(self, name, path):
         kept_lines = []
         missing = set(range(self.start))
-        for line, step in self._read_rows(path):
+        # A killed process may have left half of a line; and a text may hold U+2028, at which
+        # str.splitlines would cut too.
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                step = int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                self.warn(f"{path}:{number}: damaged, left out ({line[:60]!r})")
+                continue
             if step < self.start and self.start:           # -1 is before the first step
                 kept_lines.append(line)
                 missing.discard(step)
@@ -60,20 +70,6 @@ class Log:
         replace(path, b"".join(kept_lines))
         # half a surrogate pair becomes JSON's \uXXXX
         self.files[name] = open(path, "a", encoding="utf-8", errors="backslashreplace")
-
-    def _read_rows(self, path):
-        """(line, step) of every whole line, as bytes.
-
-        A killed process may have left half of a line; and a text may hold U+2028, at which
-        str.splitlines would cut too.
-        """
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        for number, line in enumerate(lines, 1):
-            if line.endswith(b"\n"):
-                try:
-                    yield line, int(json.loads(line)["step"])
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    self.warn(f"{path}:{number}: damaged, left out ({line[:60]!r})")
 
     def _write(self, name, **row):
         if self.is_main:

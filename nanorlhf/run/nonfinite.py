@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: left out, counted, and reported reproducibly."""
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,19 +17,19 @@ MAX_SKIPS_IN_A_ROW = 3         # steps in a row that are not finite, until the r
 MAX_REPORTS = 3                # files per run: each is as large as the model
 
 
+@dataclass
 class NonFiniteGuard:
     """Are a step's loss and gradient finite, at all processes?
 
     If not, the step is not taken, and a file is written that reproduces it.
     """
 
-    def __init__(self, config, script, model, skipped=0, in_a_row=0):
-        self.config = config
-        self.script = script
-        self.model = model
-        self.skipped = skipped
-        self.in_a_row = in_a_row
-        self.began = "a step before this start"
+    config: object
+    script: str
+    model: torch.nn.Module
+    skipped: int = 0
+    in_a_row: int = 0
+    began: str = "a step before this start"
 
     def numbers(self):
         """For the state: a resumed run goes on counting."""
@@ -46,9 +46,9 @@ class NonFiniteGuard:
         if all(map(math.isfinite, sum(losses, []) + list(norms))):
             self.in_a_row = 0
             return True
-        message = f"step {step}: not finite, first {self._locate(rows, plan, losses)}"
         self.skipped += 1
         self.in_a_row += 1
+        message = f"step {step}: not finite, first {self._locate(rows, plan, losses)}"
         if self.in_a_row == 1:
             message += dist.on_rank_zero(lambda: self._write_report(step, rows, message, tensors))
             self.began = message
@@ -67,8 +67,10 @@ class NonFiniteGuard:
             for micro_batch, loss in enumerate(local_losses):
                 if not math.isfinite(loss):
                     indices = [rows[i].index for i in plan[process][micro_batch]]
-                    place = f"micro-batch {micro_batch} of process {process}"
-                    return f"the loss of rows {indices} of the data, {place}"
+                    return (
+                        f"the loss of rows {indices} of the data, "
+                        f"micro-batch {micro_batch} of process {process}"
+                    )
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"the gradient of {name}, all losses are finite"
@@ -86,9 +88,9 @@ class NonFiniteGuard:
             "flags": asdict(self.config),
             "rows": [asdict(row) for row in rows]
         }
-        parameters = self.model.named_parameters()
-        weights = {f"model.{name}": parameter.detach().cpu() for name, parameter in parameters}
-        content = save_tensors(weights | tensors, {"run": json.dumps(metadata)})
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach().cpu()
+        content = save_tensors(tensors, {"run": json.dumps(metadata)})
         file = f"nonfinite-{step:06}.safetensors"
         replace_all(out, {file: content})
         return f"; reproduced by {out / file}"
@@ -104,5 +106,4 @@ def reproduce(path, model):
     tensors = load_file(path)
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors.pop(f"model.{name}"))
-    rows = [Row(**row) for row in metadata.pop("rows")]
-    return rows, tensors, metadata
+    return [Row(**row) for row in metadata.pop("rows")], tensors, metadata

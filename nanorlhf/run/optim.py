@@ -12,8 +12,7 @@ def adamw(model, lr, eps=1e-8):
     fused: one pass over memory instead of eight, on CPUs too.
     """
     return torch.optim.AdamW(
-        model.parameters(),
-        lr=lr,
+        model.parameters(), lr,
         betas=(0.9, 0.95),
         eps=eps,
         weight_decay=0.0,

@@ -14,8 +14,7 @@ def master_dtype(dtype):
 def autocast(model, dtype):
     """The context of a forward in this number format."""
     device = next(model.parameters()).device
-    enabled = dtype == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled)
+    return torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16")
 
 
 def freeze(model, device, dtype):

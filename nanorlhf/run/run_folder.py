@@ -37,8 +37,10 @@ LIBRARIES = ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")
 def states(out):
     """State files, newest first."""
     paths = Path(out).glob("state-*.safetensors")
-    paths = [path for path in paths if re.fullmatch(r"state-\d+", path.stem)]
-    return sorted(paths, key=_step, reverse=True)
+    return sorted(
+        [path for path in paths if re.fullmatch(r"state-\d+", path.stem)],
+        key=_step, reverse=True
+    )
 
 
 def _step(path):
@@ -51,8 +53,7 @@ def read_metadata(path):
         with safe_open(path, framework="pt") as file:
             return parse_json((file.metadata() or {}).get("run", "").encode(), path)
     except SafetensorError as error:
-        reason = _one_line(error)
-        raise InputError(f"{path}: not a readable safetensors file ({reason})") from None
+        raise InputError(f"{path}: not a readable safetensors file ({_one_line(error)})") from None
 
 
 def _one_line(error):
@@ -66,10 +67,10 @@ def resumable(config, script):
 
     Other flags than those that the run was started with are refused.
     """
-    return dist.on_rank_zero(lambda: _resumable(Path(config.out), asdict(config), script))
+    return dist.on_rank_zero(lambda: _resumable(config, script))
 
 
-def _resumable(out, flags, script):
+def _resumable(config, script):
     """By what the folder holds:
 
     neither config.json nor a state
@@ -84,6 +85,7 @@ def _resumable(out, flags, script):
         --steps has grown, under a constant schedule                   resumed
         of other flags                                                 refused
     """
+    out = Path(config.out)
     if not states(out) and not (out / "config.json").exists():
         expected = {*partial_files(out), out / SUMS}
         if out.exists() and not (out.is_dir() and {*out.iterdir()} <= expected):
@@ -100,22 +102,22 @@ def _resumable(out, flags, script):
                 "name another folder, or remove this one"
             )
         return False
-    changes = _changed_flags(before["flags"], flags)
+    changes = _changed_flags(before["flags"], config)
     if changes:
         raise InputError(f"--out {out} was started with other flags: {'; '.join(changes)}")
     return True
 
 
-def _changed_flags(old, flags):
+def _changed_flags(old, config):
     """-> words for each flag that must not change and has"""
     changes = []
-    for key, value in flags.items():
+    for key, value in asdict(config).items():
         if key not in ("steps", "out") and old.get(key) != value:
             changes.append(f"--{key} {old.get(key)!r:.80} is now {value!r}")
-    steps = f"--steps {old['steps']} is now {flags['steps']}"
-    if flags["schedule"] != "constant" and flags["steps"] != old["steps"]:
+    steps = f"--steps {old['steps']} is now {config.steps}"
+    if config.schedule != "constant" and config.steps != old["steps"]:
         changes.append(f"{steps} (only with --schedule constant: the learning rate depends on it)")
-    elif flags["steps"] < old["steps"]:
+    elif config.steps < old["steps"]:
         changes.append(f"{steps} (fewer)")
     return changes
 
@@ -163,8 +165,9 @@ def write_config(config, script, parent):
             LOCKS.append(lock_folder(out))
             replace_all(out, {"config.json": (json.dumps(values, indent=1) + "\n").encode()})
         except BlockingIOError:
-            problem = "another process is at work there; wait for it, or stop it"
-            raise InputError(f"--out {out}: {problem}") from None
+            raise InputError(
+                f"--out {out}: another process is at work there; wait for it, or stop it"
+            ) from None
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
     dist.on_rank_zero(write)
@@ -199,8 +202,8 @@ def save(config, script, model, optimizer, step, export, **numbers):
         file = f"state-{step:06}.safetensors"
         old = states(config.out)
         # later ones are damaged, or the run would have gone on from there
-        keep = [file] + [path.name for path in old if _step(path) < step][: KEEP - 1]
-        remove = [path.name for path in old if path.name not in keep]
+        keep = [path for path in old if _step(path) < step][: KEEP - 1]
+        remove = [path.name for path in old if path not in keep and path.name != file]
         content = save_tensors(tensors, {"run": json.dumps(metadata)})
         replace_all(config.out, {file: content}, remove)
     dist.on_rank_zero(write)
@@ -213,8 +216,7 @@ def load(config, model, optimizer, initial):
     a new run.
     initial: the numbers of a new run  ->  those of this one
     """
-    expected = {**initial, "threads": 1, "processes": 1}
-    numbers = dist.on_rank_zero(lambda: _load(config, model, optimizer, expected))
+    numbers = dist.on_rank_zero(lambda: _load(config, model, optimizer, initial))
     if numbers["has_moments"]:
         for parameter in model.parameters():
             if dist.rank() > 0:
@@ -234,20 +236,21 @@ def load(config, model, optimizer, initial):
     return {name: numbers[name] for name in initial}
 
 
-def _load(config, model, optimizer, expected):
+def _load(config, model, optimizer, initial):
     out = Path(config.out)
+    paths = states(out)
     problems = []
-    model_damage = folder_damage(out / "model") if states(out) else None
+    model_damage = folder_damage(out / "model") if paths else None
     if model_damage:
         problems.append(f"{out / 'model'}: {model_damage}")
-    for path in states(out):
+    for i, path in enumerate(paths):
         if model_damage and _step(path) == config.steps:
             continue                             # no save would follow that writes the model again
         optimizer.state.clear()
         try:
             if problem := file_damage(path):
                 raise ValueError(problem)
-            numbers = _restore(path, model, optimizer, expected)
+            numbers = _restore(path, model, optimizer, initial)
         except torch.OutOfMemoryError:
             raise                                # nothing is wrong with the file
         except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -256,20 +259,21 @@ def _load(config, model, optimizer, expected):
         if problems:
             print(f"  warning: {'; '.join(problems)}; going on from {path.name}")
         # A kill in the last save may have left older states, and no save follows that removes them.
-        for older in [other for other in states(out) if _step(other) < _step(path)][KEEP - 1:]:
+        for older in paths[i + KEEP:]:
             older.unlink()
-        return numbers | {"has_moments": len(optimizer.state) > 0}
-    problems = "; ".join(problems) or f"{out}: no state here"
-    raise InputError(f"{problems}; remove the folder to start again")
+        return numbers | {"has_moments": bool(optimizer.state)}
+    problem = "; ".join(problems) or f"{out}: no state here"
+    raise InputError(f"{problem}; remove the folder to start again")
 
 
 @torch.no_grad()
-def _restore(path, model, optimizer, expected):
-    """expected: an example of each number that must be there  ->  the numbers"""
+def _restore(path, model, optimizer, initial):
+    """initial: an example of each number that must be there  ->  the numbers"""
     numbers = read_metadata(path)
-    for key, example in expected.items():
+    counts = {"threads": 1, "processes": 1}
+    for key, example in (initial | counts).items():
         number = numbers[key]
-        low, high = (1, 2**16) if key in ("threads", "processes") else (0, 2**31)
+        low, high = (1, 2**16) if key in counts else (0, 2**31)
         if type(number) is not type(example) or not low <= number < high:
             raise ValueError(f"{key} is {number!r:.40}")
     parameters = dict(model.named_parameters())

@@ -64,10 +64,9 @@ class TrainingRun:
         """
         is_last = self.is_last(step)
         if is_last or self.signum or (step + 1) % self.config.save_every == 0:
-            numbers |= self.guard.numbers()
             run_folder.save(
                 self.config, self.script, self.model, self.optimizer,
-                step + 1, export, **numbers
+                step + 1, export, **numbers, **self.guard.numbers()
             )
         if self.signum and not is_last:
             raise Preempted(self.signum)
@@ -88,7 +87,7 @@ def describe_run(config, rows, dropped, device, optimizer, meter):
         "step": f"{config.groups} groups, about {columns} columns; "
                 f"{config.steps} steps = {epochs:.2f} epochs",
         "numbers": describe_numbers(config, device, optimizer),
-        "machine": meter,
+        "machine": meter
     }
 
 
