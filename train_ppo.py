@@ -293,7 +293,7 @@ def ppo_loss(setup, batch, targets, num_tokens, num_responses):
 
 
 def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
-    """One optimizer step.  -> (numbers of the minibatch, was the step taken?)"""
+    """One optimizer step.  -> (numbers of the minibatch, farthest ratio, was the step taken?)"""
     config = setup.config
     rows = [rollout.rows[i] for i in minibatch_ids]
     num_tokens = int(rollout.response_mask[minibatch_ids].sum())
@@ -321,13 +321,13 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
     for process_stats in gathered_stats:
         stats.update(process_stats)
     stats["grad_norm"] = norms[0]
-    stats["ratio"] = max(sum(gathered_ratios, []), key=lambda ratio: abs(ratio - 1))
+    farthest_ratio = max(sum(gathered_ratios, []), key=lambda ratio: abs(ratio - 1))
     # where a loss or the gradient is not: no process takes the step, and the gradient is dropped
     targets = rollout.select(minibatch_ids, None, "cpu", torch.float64)
     is_finite = guard.all_finite(step, rows, plan, gathered_losses, norms, **targets._asdict())
     if is_finite:
         optim.update(setup.policy, optimizer, lr, grad_norm)
-    return stats, is_finite
+    return stats, farthest_ratio, is_finite
 
 
 def update(setup, optimizer, guard, rollout, step, lr):
@@ -346,10 +346,9 @@ def update(setup, optimizer, guard, rollout, step, lr):
         epoch_kls = []
         for start in range(0, num_prompts, minibatch_size):
             minibatch_ids = order[start : start + minibatch_size]
-            stats, is_finite = train_minibatch(
+            stats, ratio, is_finite = train_minibatch(
                 setup, optimizer, guard, rollout, minibatch_ids, step, lr
             )
-            ratio = stats.pop("ratio")
             if ratio_first is None:              # before the first step the policy is the rollout's
                 ratio_first = ratio
             if is_finite:

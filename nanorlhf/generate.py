@@ -182,7 +182,7 @@ def generate_batch(
 def generate(
     model: nn.Module,
     prompts: list[list[int]],
-    ids: list[int],
+    indices: list[int],
     sampling: Sampling,
     step: int,
     first_sample: int = 0,
@@ -190,8 +190,8 @@ def generate(
     """K responses for each prompt, in batches of at most sampling.max_tokens columns.
 
     -> for each prompt K lists of ids, EOS included
-    ids: each prompt's index in the data;  first_sample: number of the first sample (drawing again
-    takes later numbers).
+    indices: each prompt's place in the data;  first_sample: number of the first sample (drawing
+    again takes later numbers)
     """
     k = sampling.k
     max_new_tokens = sampling.max_new_tokens
@@ -202,7 +202,7 @@ def generate(
         u = np.empty((len(batch), k, max_new_tokens))
         for b, i in enumerate(batch):
             for s in range(k):
-                address = (sampling.seed, sampling.stream, step, ids[i], first_sample + s)
+                address = (sampling.seed, sampling.stream, step, indices[i], first_sample + s)
                 u[b, s] = uniforms(*address, max_new_tokens)
         with allow_nondeterministic_writes() if on_cuda else contextlib.nullcontext():
             tokens, lengths = generate_batch(

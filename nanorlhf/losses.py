@@ -28,8 +28,7 @@ def _mean(x: Tensor, mask: Tensor, count: int | None) -> Tensor:
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
-    """L = - mean over response tokens of log p(token | prompt, tokens before)            [paper A,
-    2]
+    """L = - mean over response tokens of log p(token | prompt, tokens before)  [paper A, 2]
 
     logprobs (...,R) nats;  mask (...,R) bool;  count: tokens, default mask.sum().
     ->  scalar, nats per token
@@ -95,8 +94,7 @@ def classification_loss(
     weight: Tensor | None = None,
     count: int | None = None,
 ) -> Tensor:
-    """L = - mean [ y log sigmoid(z) + (1 - y) log sigmoid(-z) ]                        [paper A,
-    3.2]
+    """L = - mean [ y log sigmoid(z) + (1 - y) log sigmoid(-z) ]  [paper A, 3.2]
 
     logits (...,K) z;  label (...,K) y in {0, 1};  valid (...,K) bool, true where there is a label;
     weight (...,K), default 1;  count: responses, default valid.sum().

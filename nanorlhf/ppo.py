@@ -54,8 +54,7 @@ def shape_rewards(
 ) -> Tensor:
     """r_t = - beta (logprob_t - ref_logprob_t)  (+ score at the last response token)
 
-    Their sum over a response is paper A's objective.                                   [paper A,
-    3.3]
+    Their sum over a response is paper A's objective.  [paper A, 3.3]
 
     scores (...);  logprobs, ref_logprobs, mask (...,R);  kl_coef beta, reward per nat.
     ->  rewards (...,R), 0 behind the mask
@@ -69,8 +68,7 @@ def shape_rewards(
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """d_t = r_t + gamma V_{t+1} - V_t ;   A_t = d_t + gamma lam A_{t+1} ;   G = A + V   [GAE, eq.
-    16]
+    """d_t = r_t + gamma V_{t+1} - V_t ;  A_t = d_t + gamma lam A_{t+1} ;  G = A + V  [GAE, eq. 16]
 
     The value after a response's last token is 0: the episode is over, whether EOS came or the
     limit. rewards, values, mask (...,R)  ->  advantages A, returns G (...,R), both 0 behind the
@@ -126,8 +124,9 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """L = - mean min( ratio A, clip(ratio, 1-eps, 1+eps) A ),   ratio = exp(logprob - old_logprob)
 
-    All (...,R).  ->  (loss, share of tokens where the clipped branch is the one taken)   [PPO, eq.
-    7]
+    [PPO, eq. 7]
+
+    All (...,R).  ->  (loss, share of tokens where the clipped branch is the one taken)
 
     The difference is masked *before* exp: exp(garbage) is inf, and inf * 0 in the backward is NaN.
     For the same reason it ends at 80 where A >= 0: the clip takes such a ratio anyway. Where A < 0
@@ -180,8 +179,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: int) -> float:
-    """beta <- beta (1 + clip(KL / target - 1, -.2, .2) n / horizon)          [Ziegler et al. 2019,
-    2.2]
+    """beta <- beta (1 + clip(KL / target - 1, -.2, .2) n / horizon)  [Ziegler et al. 2019, 2.2]
 
     kl: nats per *response*, summed over its tokens;  n: responses of this step;  horizon:
     responses.
