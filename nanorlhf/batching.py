@@ -217,18 +217,18 @@ def pack_rows(rows: list[Row]) -> Batch:
     R = max([1] + [len(response) for row in rows for response in row.responses])
     M = max([1] + [len(targets) for row in rows for targets in row.targets])
     batch = Batch(                       # of numpy arrays first: their slices are quick to fill
-        tokens=np.zeros((B, T), np.int64),
-        positions=np.zeros((B, T), np.int64),
+        tokens=np.zeros((B, T), int),
+        positions=np.zeros((B, T), int),
         branch=np.full((B, T), -1),
         lengths=[row.num_tokens for row in rows],
-        responses=np.zeros((B, K, R), np.int64),
+        responses=np.zeros((B, K, R), int),
         response_mask=np.zeros((B, K, R), bool),
-        logit_index=np.zeros((B, K, R), np.int64),
-        last_index=np.zeros((B, K), np.int64),
+        logit_index=np.zeros((B, K, R), int),
+        last_index=np.zeros((B, K), int),
         valid=np.zeros((B, K), bool),
-        place=np.zeros((B, K), np.float32),
+        place=np.zeros((B, K), "float32"),
         label=np.full((B, K), -1),
-        targets=np.zeros((B, K, M), np.float32),
+        targets=np.zeros((B, K, M), "float32"),
         target_mask=np.zeros((B, K, M), bool),
     )
     for b, row in enumerate(rows):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batching import Stream, micro_batches
+from .batching import Row, Stream, micro_batches, pack_rows
 from .run.kernels import allow_nondeterministic_writes, capture_cudagraph
 
 MIN_TOKENS_FOR_GRAPH = 8         # up to here, recording a CUDA graph takes longer than it saves
@@ -95,21 +95,16 @@ class Decoder:
         """All prompts in one forward, padded on the right, and the first token of each sample."""
         B, K, R = self.u.shape
         device = self.u.device
-        lengths = [len(prompt) for prompt in prompts]
-        P = max(lengths)
-        tokens = torch.zeros(B, P, dtype=torch.long)
-        branch = torch.full((B, P), -1)
-        for b, prompt in enumerate(prompts):
-            tokens[b, :len(prompt)] = torch.tensor(prompt)
-            branch[b, :len(prompt)] = 0
-        tokens, branch = tokens.to(device), branch.to(device)
-        positions = torch.arange(P, device=device) * (branch == 0)
-        self.prompt_lengths = torch.tensor(lengths, device=device)                 # (B,)
+        batch = pack_rows([Row(prompt, []) for prompt in prompts]).to(device)
+        P = max(batch.lengths)
+        self.prompt_lengths = torch.tensor(batch.lengths, device=device)           # (B,)
         self.sample_branch = torch.arange(1, K + 1, device=device).expand(B, K)
         self.cache = self.model.new_cache(B, P + K * (R - 1), self.static_cache)
         self.t = torch.zeros((), dtype=torch.long, device=device)    # the newest token's place
         last = torch.arange(B, device=device) * P + self.prompt_lengths - 1
-        hidden = self.model.hidden(tokens, positions, branch, self.cache, at=last, lengths=lengths)
+        hidden = self.model.hidden(
+            batch.tokens, batch.positions, batch.branch, self.cache, at=last, lengths=batch.lengths
+        )                                                                          # (B,D)
         logits = self.model.logits(hidden)[:, None].expand(B, K, -1)               # (B,K,V)
         self.tokens = sample_next_token(logits, self.u[:, :, 0], self.temperature, self.top_p)
 

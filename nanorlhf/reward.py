@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .batching import Row, encode_all, micro_batches, pack_rows
+from .batching import Row, encode_all, micro_batches, prefetch
 from .heads import RewardModel
 from .io.data import Group, Response
 from .io.read import InputError, import_file
@@ -130,8 +130,8 @@ class TextReward:
         """Raw outputs for rows that all have K responses.  -> (B,K,N)"""
         device = next(self.model.parameters()).device
         outputs = [None] * len(rows)
-        for indices in micro_batches([row.num_tokens for row in rows], self.max_tokens):
-            batch = pack_rows([rows[i] for i in indices]).to(device)
+        plan = micro_batches([row.num_tokens for row in rows], self.max_tokens)
+        for indices, batch in zip(plan, prefetch(rows, plan, device)):
             with precision.autocast(self.model, self.dtype):
                 raw = self.model(batch)
             for i, output in zip(indices, raw):

@@ -1363,8 +1363,8 @@ MISTAKES = [
     Mistake(
         name="samples see the prompt's padding",
         file=GENERATE,
-        old="torch.full((B, P), -1)",
-        new="torch.zeros(B, P, dtype=torch.long)",
+        old="batch.branch, self.cache",
+        new="0 * batch.branch, self.cache",
         test="test_generate.py::test_cached_is_uncached",
     ),
     Mistake(
