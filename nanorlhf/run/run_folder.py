@@ -131,7 +131,7 @@ def _read_config(out):
                 raise InputError(f"{out}: {problem}")
             values = read_json(path) if path.suffix == ".json" else read_metadata(path)
             match values:
-                case {"script": str(), "flags": {"steps": int()}}:
+                case {"script": str(), "flags": {"steps": int(steps)}} if type(steps) is int:
                     if problems:
                         print(f"  warning: {problems[0]}; the flags are read from {path.name}")
                     return values
