@@ -178,16 +178,17 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
+    Config = LlamaConfig
     family = "llama"                             # model_type of its checkpoints
     prefix = "model."                            # how a checkpoint calls the trunk
-    Config = LlamaConfig
-    lm_head_matmul = staticmethod(F.linear)      # run/kernels.py knows faster ones
     flex = False                                 # FlexAttention instead of a mask per row
     activation_checkpointing = False             # keep each block's input alone for the backward
+    lm_head_matmul = staticmethod(F.linear)      # run/kernels.py knows faster ones
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.frequencies = rope_frequencies(config)        # no buffer: it is computed, not loaded
         self.width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -195,7 +196,6 @@ class Llama(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.frequencies = rope_frequencies(config)        # no buffer: it is computed, not loaded
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
