@@ -217,7 +217,8 @@ def score_responses(setup, rows, prompt_texts, step):
 def compute_logprobs_and_values(setup, rollout):
     """Log-probabilities, values and entropy of a rollout, by the forward that trains.
 
-    With the same packing the first ratio is exactly 1: a sampling path rounds otherwise.
+    Not by the one that sampled, which rounds otherwise: where rows are packed as in the update,
+    the first ratio is exactly 1.
     """
     config = setup.config
     shape = (4, *rollout.response_mask.shape)
@@ -322,7 +323,7 @@ def train_minibatch(setup, optimizer, guard, rollout, minibatch_ids, step, lr):
         stats.update(process_stats)
     stats["grad_norm"] = norms[0]
     farthest_ratio = max(sum(gathered_ratios, []), key=lambda ratio: abs(ratio - 1))
-    # where a loss or the gradient is not: no process takes the step, and the gradient is dropped
+    # if any process has a loss or gradient that is not finite, none of them takes the step
     targets = rollout.select(minibatch_ids, None, "cpu", torch.float64)
     is_finite = guard.all_finite(step, rows, plan, gathered_losses, norms, **targets._asdict())
     if is_finite:
@@ -553,7 +554,8 @@ def main(config):
                 n=config.groups * config.k, horizon=config.kl_horizon,
             )
 
-        memory_gb = run.poll_signals(device)     # SIGTERM, Ctrl-C: see save_or_stop below
+        run.poll_signals()                       # SIGTERM or Ctrl-C: see save_or_stop below
+        memory_gb = run.peak_memory(device)
         plan = plan_micro_batches(rows, config.max_tokens, dist.world_size())
         flops = step_flops(setup, rows, stats["updates"] / config.minibatches)
         speed_stats = meter(rows, plan, flops, time.time() - began)
@@ -561,7 +563,7 @@ def main(config):
         warn_about(stats, config, step, run.log)
         if held_prompts and run.evaluates(step):
             evaluate(setup, held_prompts, held_texts, step, run.log)
-        # after a signal: saves, then ends the run by an exception
+        # saves where it is due; after a signal saves, then ends the run by an exception
         run.save_or_stop(
             step, lambda: hub.save_policy(run.model_folder, policy, tokenizer), kl_coef=kl_coef
         )

@@ -290,7 +290,8 @@ def main(config):
         if run.guard.all_finite(step, step_rows, plan, gathered_losses, norms):
             optim.update(model, optimizer, lr, grad_norm)
 
-        memory_gb = run.poll_signals(device)     # SIGTERM, Ctrl-C: see save_or_stop below
+        run.poll_signals()                       # SIGTERM or Ctrl-C: see save_or_stop below
+        memory_gb = run.peak_memory(device)
         # the backward is two forwards' work
         flops = 3 * speed.forward_flops(trunk, step_rows, head=False)
         run.log.step(
@@ -306,7 +307,7 @@ def main(config):
             fit_normalisation(reward, rows, config, device)
             if held_rows:
                 warn_at_chance(numbers["eval_accuracy"], numbers["eval_pairs"], run.log)
-        # after a signal: saves, then ends the run by an exception
+        # saves where it is due; after a signal saves, then ends the run by an exception
         run.save_or_stop(step, lambda: hub.save_reward_model(run.model_folder, reward))
     print(f"done: {run.model_folder}")
 

@@ -145,7 +145,8 @@ def main(config):
         if run.guard.all_finite(step, step_rows, plan, gathered_losses, norms):
             optim.update(policy, optimizer, lr, grad_norm)
 
-        memory_gb = run.poll_signals(device)     # SIGTERM, Ctrl-C: see save_or_stop below
+        run.poll_signals()                       # SIGTERM or Ctrl-C: see save_or_stop below
+        memory_gb = run.peak_memory(device)
         # the backward is two forwards' work
         flops = 3 * speed.forward_flops(trunk, step_rows, head=True)
         run.log.step(
@@ -156,7 +157,7 @@ def main(config):
         if held_rows and run.evaluates(step):
             run.log.eval(step, eval_loss=evaluate(policy, held_rows, config, device))
             show(policy, tokenizer, held_rows, held_out, step, config, run.log)
-        # after a signal: saves, then ends the run by an exception
+        # saves where it is due; after a signal saves, then ends the run by an exception
         run.save_or_stop(step, lambda: hub.save_policy(run.model_folder, policy, tokenizer))
     print(f"done: {run.model_folder}")
 

@@ -45,11 +45,13 @@ class TrainingRun:
         self.stop = GracefulStop()
         self.signum = 0
 
-    def poll_signals(self, device):
-        """Has a signal come, at any process?  -> the greatest memory of a process, GB"""
-        local = [self.stop.signum, speed.peak_memory(device)]
-        self.signum, memory = map(max, zip(*dist.all_gather_object(local)))
-        return memory
+    def poll_signals(self):
+        """Has a signal come, at any process? save_or_stop will know."""
+        self.signum = max(dist.all_gather_object(self.stop.signum))
+
+    def peak_memory(self, device):
+        """The greatest memory of a process so far, GB"""
+        return max(dist.all_gather_object(speed.peak_memory(device)))
 
     def is_last(self, step):
         return step + 1 == self.config.steps
