@@ -510,8 +510,8 @@ MISTAKES = [
     Mistake(
         name="a middle tie called bad",
         file=DATA,
-        old="elif lost >= half:",
-        new="else:",
+        old="label.append(None)",
+        new="label.append(0)",
         test="test_losses.py::test_places_to_labels",
     ),
     # ----------------------------------------- The quantile loss, and what is read from its outputs
