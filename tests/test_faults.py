@@ -65,7 +65,7 @@ def test_a_row_equals_its_responses_one_by_one(family):
 
 
 def test_eos_is_a_token_like_any_other():
-    # three responses that end, one that did not: every token counts, EOS included, and `last` points at it
+    # three responses that end, one that did not: every token counts, EOS included, and `last_index` points at it
     batch = pack_rows(ROWS)
     assert batch.response_mask.sum(-1).tolist() == [[3, 2, 1], [3, 0, 0]]
     assert (batch.responses[batch.response_mask] == EOS).sum() == 3

@@ -54,7 +54,7 @@ def spread(batch, where):
     """The same columns with padding put in: two before column 0 ("left") or three before column 2 ("middle") of each row."""
     at, n = {"left": (0, 2), "middle": (2, 3)}[where]
     wide = lambda x, pad: torch.cat([x[:, :at], torch.full((len(x), n), pad), x[:, at:]], 1)
-    move = lambda x, keep: torch.where(keep & (x >= at), x + n, x)                    # of an absent response `last` stays 0: padding, at the left
+    move = lambda x, keep: torch.where(keep & (x >= at), x + n, x)                    # of an absent response `last_index` stays 0: padding, at the left
     return dataclasses.replace(batch, tokens=wide(batch.tokens, 5), positions=wide(batch.positions, 7), branch=wide(batch.branch, -1), lengths=None,
                                logit_index=move(batch.logit_index, batch.response_mask), last_index=move(batch.last_index, batch.valid))
 
