@@ -32,12 +32,12 @@ from nanorlhf.batching import (
     plan_micro_batches,
     prefetch,
 )
-from nanorlhf.generate import Sampling, generate
+from nanorlhf.generate import Sampling, generate, room
 from nanorlhf.heads import Policy
 from nanorlhf.io import data, hub
 from nanorlhf.reward import FunctionReward, TextReward
 from nanorlhf.run import dist, optim, precision, run_folder, speed
-from nanorlhf.run.cli import COMMON_BOUNDS, InputError, check_bounds, context_limit, run_script
+from nanorlhf.run.cli import InputError, check_bounds, context_limit, run_script
 from nanorlhf.run.kernels import choose_kernels
 from nanorlhf.run.log import header
 from nanorlhf.run.training_run import TrainingRun, describe_dropped, describe_numbers
@@ -150,8 +150,8 @@ class Targets(NamedTuple):
 
 def local_prompts(prompts, k, config):
     """Indices of the prompts that this process generates and scores."""
-    room = [len(row.prompt) + k * config.max_new_tokens for row in prompts]
-    return partition(room, dist.world_size())[dist.rank()]
+    columns = room(prompts, k, config.max_new_tokens)
+    return partition(columns, dist.world_size())[dist.rank()]
 
 
 @torch.no_grad()
@@ -168,10 +168,7 @@ def generate_responses(setup, prompts, stream, step, k):
     )
     with precision.autocast(setup.policy, config.dtype):
         local_responses = generate(
-            setup.policy.trunk,
-            [prompts[i].prompt for i in local_ids],
-            [prompts[i].index for i in local_ids],
-            sampling, step,
+            setup.policy.trunk, [prompts[i] for i in local_ids], sampling, step
         )
     responses = dist.all_gather_by_index(len(prompts), local_ids, local_responses)
     return [Row(row.prompt, samples, row.index) for row, samples in zip(prompts, responses)]
@@ -185,12 +182,11 @@ def score_responses(setup, rows, prompt_texts, step):
 
     rows: as generated;  prompt_texts: all prompts' texts by row.index  ->  Rollout
     """
-    config, reward, eos_id = setup.config, setup.reward, setup.tokenizer.eos_id
+    config, reward, tokenizer = setup.config, setup.reward, setup.tokenizer
     texts, ended = [], []
     for row in rows:
-        ended.append([ids[-1] == eos_id for ids in row.responses])
-        words = [ids[:-1] if ids[-1] == eos_id else ids for ids in row.responses]
-        texts.append([setup.tokenizer.decode(ids) for ids in words])
+        ended.append([ids[-1] == tokenizer.eos_id for ids in row.responses])
+        texts.append(list(map(tokenizer.decode, row.responses)))       # EOS is no text
     local_ids = local_prompts(rows, len(texts[0]), config)
     local_scores = []
     if local_ids:
@@ -221,24 +217,19 @@ def compute_logprobs_and_values(setup, rollout):
     the first ratio is exactly 1.
     """
     config = setup.config
-    shape = (4, *rollout.response_mask.shape)
-    old_logprobs, ref_logprobs, values, entropy = torch.zeros(shape, dtype=torch.float64)
+    # log-probabilities of policy and reference, values, entropy
+    tensors = torch.zeros(4, *rollout.response_mask.shape, dtype=torch.float64)
     plan = plan_micro_batches(rollout.rows, config.max_tokens, dist.world_size())[dist.rank()]
     for rollout_ids, batch in zip(plan, prefetch(rollout.rows, plan, setup.device)):
         with precision.autocast(setup.policy, config.dtype):
             new = setup.policy(batch, config.temperature, return_entropy=True)
             reference = setup.reference(batch, config.temperature)
         R = batch.response_mask.shape[-1]
-        old_logprobs[rollout_ids, :, :R] = new.logprobs.double().cpu()
-        ref_logprobs[rollout_ids, :, :R] = reference.logprobs.double().cpu()
-        values[rollout_ids, :, :R] = new.values.double().cpu()
-        entropy[rollout_ids, :, :R] = new.entropy.double().cpu()
-    for tensor in (old_logprobs, ref_logprobs, values, entropy):
-        dist.all_reduce(tensor)                  # each entry was filled by one process
-    rollout.old_logprobs = old_logprobs
-    rollout.ref_logprobs = ref_logprobs
-    rollout.values = values
-    rollout.entropy = entropy
+        outputs = (new.logprobs, reference.logprobs, new.values, new.entropy)
+        for tensor, output in zip(tensors, outputs):
+            tensor[rollout_ids, :, :R] = output.double().cpu()
+    dist.all_reduce(tensors)                     # each entry was filled by one process
+    rollout.old_logprobs, rollout.ref_logprobs, rollout.values, rollout.entropy = tensors
 
 
 # ----------------------------------------------------------------------- advantages
@@ -358,9 +349,9 @@ def update(setup, optimizer, guard, rollout, step, lr):
         if config.target_kl and epoch_kls and sum(epoch_kls) / len(epoch_kls) > config.target_kl:
             break
     means = {}
-    for name in stats:
+    for name in stats:                           # the same names in every minibatch
         means[name] = sum(each[name] for each in taken) / len(taken) if taken else float("nan")
-    return {"ratio_first": ratio_first, **means, "updates": len(taken), "skipped": guard.skipped}
+    return {"ratio_first": ratio_first, **means, "updates": len(taken)}
 
 
 # ------------------------------------------------------------------ what a step shows
@@ -493,9 +484,8 @@ def describe(setup, dataset, prompts, held_prompts, dropped, optimizer):
 
 def main(config):
     check_bounds(
-        config, **COMMON_BOUNDS,
-        k=1, max_new_tokens=1, temperature=1e-3, kl_horizon=config.groups * config.k,
-        gamma=(0, 1), lam=(0, 1), epochs=1, minibatches=1,
+        config, temperature=1e-3, kl_horizon=config.groups * config.k, gamma=(0, 1), lam=(0, 1),
+        epochs=1, minibatches=1,
     )
     if config.groups % config.minibatches:
         raise InputError(
@@ -527,9 +517,9 @@ def main(config):
     meter = speed.Meter(policy.trunk, device, config.dtype, dist.world_size())
     lines = describe(setup, dataset, prompts, held_prompts, dropped, optimizer)
     header("train_ppo: proximal policy optimisation", **lines, machine=meter)
-    kl_coef = float(config.kl_coef)
     run = TrainingRun(
-        config, SCRIPT, policy, optimizer, config.policy, PROGRESS, resuming, kl_coef=kl_coef
+        config, SCRIPT, policy, optimizer, config.policy, PROGRESS, resuming,
+        kl_coef=float(config.kl_coef),
     )
     kl_coef = run.numbers["kl_coef"]
     if run.first_step == 0 and held_prompts:
@@ -555,11 +545,10 @@ def main(config):
             )
 
         run.poll_signals()                       # SIGTERM or Ctrl-C: see save_or_stop below
-        memory_gb = run.peak_memory(device)
         plan = plan_micro_batches(rows, config.max_tokens, dist.world_size())
         flops = step_flops(setup, rows, stats["updates"] / config.minibatches)
         speed_stats = meter(rows, plan, flops, time.time() - began)
-        run.log.step(step, **stats, lr=lr, memory_gb=memory_gb, **speed_stats)
+        run.log_step(step, **stats, lr=lr, **speed_stats)
         warn_about(stats, config, step, run.log)
         if held_prompts and run.evaluates(step):
             evaluate(setup, held_prompts, held_texts, step, run.log)

@@ -24,7 +24,7 @@ from nanorlhf.heads import RewardModel
 from nanorlhf.io import data, hub
 from nanorlhf.reward import STD_FLOOR, TextReward
 from nanorlhf.run import dist, optim, precision, run_folder, speed
-from nanorlhf.run.cli import COMMON_BOUNDS, InputError, check_bounds, context_limit, run_script
+from nanorlhf.run.cli import InputError, check_bounds, context_limit, run_script
 from nanorlhf.run.kernels import choose_kernels
 from nanorlhf.run.log import header
 from nanorlhf.run.training_run import TrainingRun, describe_run
@@ -235,7 +235,7 @@ def load_rows(dataset, tokenizer, max_length, config):
 
 
 def main(config):
-    check_bounds(config, **COMMON_BOUNDS, quantiles=(2, 1000))
+    check_bounds(config, quantiles=(2, 1000))
     device = dist.setup(config.device, config.seed)
     resuming = run_folder.resumable(config, SCRIPT)
 
@@ -250,7 +250,7 @@ def main(config):
     # model and optimizer
     model = RewardModel(trunk, config.quantiles if config.loss == "quantile" else 1)
     model.init_head()
-    model = model.to(device, precision.master_dtype(config.dtype))
+    model.to(device, precision.master_dtype(config.dtype))
     choose_kernels(trunk, device, config.dtype, config.compile, config.activation_checkpointing)
     optimizer = optim.adamw(model, config.lr)
     meter = speed.Meter(trunk, device, config.dtype, dist.world_size())
@@ -291,12 +291,10 @@ def main(config):
             optim.update(model, optimizer, lr, grad_norm)
 
         run.poll_signals()                       # SIGTERM or Ctrl-C: see save_or_stop below
-        memory_gb = run.peak_memory(device)
         # the backward is two forwards' work
         flops = 3 * speed.forward_flops(trunk, step_rows, head=False)
-        run.log.step(
+        run.log_step(
             step, loss=sum(map(sum, gathered_losses)), lr=lr, grad_norm=norms[0],
-            skipped=run.guard.skipped, memory_gb=memory_gb,
             **meter(step_rows, plan, flops, time.time() - began),
         )
         if held_rows and run.evaluates(step):

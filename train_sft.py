@@ -24,7 +24,7 @@ from nanorlhf.heads import Policy
 from nanorlhf.io import data, hub
 from nanorlhf.losses import sft_loss
 from nanorlhf.run import dist, optim, precision, run_folder, speed
-from nanorlhf.run.cli import COMMON_BOUNDS, InputError, check_bounds, context_limit, run_script
+from nanorlhf.run.cli import InputError, check_bounds, context_limit, run_script
 from nanorlhf.run.kernels import choose_kernels
 from nanorlhf.run.log import header
 from nanorlhf.run.training_run import TrainingRun, describe_run
@@ -81,14 +81,13 @@ def show(policy, tokenizer, rows, groups, step, config, log):
     rows = [row for row in rows if len(row.prompt) + SAMPLE_TOKENS <= context][:SAMPLE_PROMPTS]
     sampling = Sampling(1, SAMPLE_TOKENS, tokenizer.eos_id, config.seed, Stream.EVALUATION)
     with precision.autocast(policy, config.dtype):
-        indices = [row.index for row in rows]
-        responses = generate(policy.trunk, [row.prompt for row in rows], indices, sampling, step)
-    for index, (ids,) in zip(indices, responses):
-        log.text(step, groups[index].prompt, tokenizer.decode(ids))
+        responses = generate(policy.trunk, rows, sampling, step)
+    for row, (ids,) in zip(rows, responses):
+        log.text(step, groups[row.index].prompt, tokenizer.decode(ids))
 
 
 def main(config):
-    check_bounds(config, **COMMON_BOUNDS)
+    check_bounds(config)
     device = dist.setup(config.device, config.seed)
     resuming = run_folder.resumable(config, SCRIPT)
 
@@ -146,12 +145,10 @@ def main(config):
             optim.update(policy, optimizer, lr, grad_norm)
 
         run.poll_signals()                       # SIGTERM or Ctrl-C: see save_or_stop below
-        memory_gb = run.peak_memory(device)
         # the backward is two forwards' work
         flops = 3 * speed.forward_flops(trunk, step_rows, head=True)
-        run.log.step(
+        run.log_step(
             step, loss=sum(map(sum, gathered_losses)), lr=lr, grad_norm=norms[0],
-            skipped=run.guard.skipped, memory_gb=memory_gb,
             **meter(step_rows, plan, flops, time.time() - began),
         )
         if held_rows and run.evaluates(step):

@@ -50,14 +50,15 @@ def sampling(job):
     for prompt in job["prompts"]:                            # as responses beside each other: the continuation, and every probe by itself
         logprobs = policy(pack_rows([Row(prompt, [job["continuation"], *([token] for token in job["probe"])])])).logprobs[0]
         looked += logprobs[1:, 0].tolist() + logprobs[0].tolist()
-    numbers, limit = range(len(job["prompts"])), speed.measured_flops(device, job["dtype"])
+    rows = [Row(prompt, [], index) for index, prompt in enumerate(job["prompts"])]
+    limit = speed.measured_flops(device, job["dtype"])
     for step in range(job["steps"]):
         began = time.perf_counter()
         with precision.autocast(policy, job["dtype"]):
             sampling = Sampling(job["k"], job["max_new_tokens"], NEVER, job["seed"], Stream.SAMPLE, job["temperature"])
-            texts = generate(policy.trunk, job["prompts"], numbers, sampling, step)
+            texts = generate(policy.trunk, rows, sampling, step)
         seconds.append(time.perf_counter() - began)
-        assert [[len(ids) for ids in samples] for samples in texts] == [[job["max_new_tokens"]] * job["k"]] * len(numbers)
+        assert [[len(ids) for ids in samples] for samples in texts] == [[job["max_new_tokens"]] * job["k"]] * len(rows)
         share.append(speed.forward_flops(policy.trunk, list(map(Row, job["prompts"], texts)), head=True) / seconds[-1] / limit)
     return bench.Side(seconds, looked, bench.peak_gb(), {"torch": metadata.version("torch")}, {"mfu": share})
 

@@ -109,7 +109,7 @@ def decoding(trunk, device, dtype, k=4, new=NEW):
 
     def step(rows):
         with precision.autocast(trunk, dtype):
-            generate(trunk, [row.prompt for row in rows], range(len(rows)), Sampling(k, new, NEVER, 0, Stream.SAMPLE), 0)
+            generate(trunk, rows, Sampling(k, new, NEVER, 0, Stream.SAMPLE), 0)
         weights = sum(p.numel() for p in trunk.parameters()) - (trunk.wpe.weight.numel() if hasattr(trunk, "wpe") else 0)
         seen = sum((len(row.prompt) + k * (r + 1)) for row in rows for r in range(new - 1))
         read = DTYPES[dtype].itemsize * ((new - 1) * weights + 2 * len(trunk.blocks) * trunk.width * seen)

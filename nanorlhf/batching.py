@@ -89,9 +89,7 @@ def encode(group: Group, tokenizer, index=0, labels="auto", target="label") -> R
     row = Row(tokenizer.encode_prompt(group.prompt), responses, index)
     derived = derive_labels(group.responses, labels)
     if derived:
-        row.place = derived.place
-        row.label = derived.label
-        row.targets = derived.targets
+        row.place, row.label, row.targets = derived
         if target == "scores":
             row.targets = [r.scores or [] for r in group.responses]
     return row
@@ -266,8 +264,7 @@ def prefetch(
     """
     packed = (pack_rows([rows[i] for i in indices]) for indices in plan)
     if device.type != "cuda":
-        for batch in packed:
-            yield batch.to(device)
+        yield from (batch.to(device) for batch in packed)
         return
     stream = torch.cuda.Stream(device)
     waiting = None

@@ -174,34 +174,32 @@ def generate_batch(
     return tokens, lengths
 
 
-def generate(
-    model: nn.Module,
-    prompts: list[list[int]],
-    indices: list[int],
-    sampling: Sampling,
-    step: int,
-    first_sample: int = 0,
-) -> list[list[list[int]]]:
-    """K responses for each prompt, in batches of at most sampling.max_tokens columns.
+def room(rows: list[Row], k: int, max_new_tokens: int) -> list[int]:
+    """Columns that each row may fill with its K responses."""
+    return [len(row.prompt) + k * max_new_tokens for row in rows]
 
-    -> for each prompt K lists of ids, EOS included
-    indices: each prompt's place in the data;  first_sample: number of the first sample (drawing
-    again takes later numbers)
+
+def generate(
+    model: nn.Module, rows: list[Row], sampling: Sampling, step: int, first_sample: int = 0
+) -> list[list[list[int]]]:
+    """K responses to each row's prompt, in batches of at most sampling.max_tokens columns.
+
+    -> for each row K lists of ids, EOS included
+    first_sample: number of the first sample (drawing again takes later numbers)
     """
     k = sampling.k
     max_new_tokens = sampling.max_new_tokens
-    responses = [None] * len(prompts)
-    room = [len(prompt) + k * max_new_tokens for prompt in prompts]
+    responses = [None] * len(rows)
     on_cuda = next(model.parameters()).is_cuda
-    for batch in micro_batches(room, sampling.max_tokens, padded=True):
+    for batch in micro_batches(room(rows, k, max_new_tokens), sampling.max_tokens, padded=True):
         u = np.empty((len(batch), k, max_new_tokens))
         for b, i in enumerate(batch):
             for s in range(k):
-                address = (sampling.seed, sampling.stream, step, indices[i], first_sample + s)
+                address = (sampling.seed, sampling.stream, step, rows[i].index, first_sample + s)
                 u[b, s] = uniforms(*address, max_new_tokens)
         with allow_nondeterministic_writes() if on_cuda else contextlib.nullcontext():
             tokens, lengths = generate_batch(
-                model, [prompts[i] for i in batch], u, sampling.eos_id,
+                model, [rows[i].prompt for i in batch], u, sampling.eos_id,
                 temperature=sampling.temperature, top_p=sampling.top_p,
             )
         tokens, lengths = tokens.tolist(), lengths.tolist()

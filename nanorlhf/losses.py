@@ -11,20 +11,19 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def _to_float32(x: Tensor) -> Tensor:
-    """float32 or better: bfloat16 has three digits, too few for a difference of
-    log-probabilities.
-    """
-    return x if x.dtype == torch.float64 else x.float()
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x where mask, zeros elsewhere; float32 or better.
 
-
-def _mean(x: Tensor, mask: Tensor, count: int | None) -> Tensor:
-    """Sum of x where mask, over count (default: the number of true entries; 0 / 0 is 0).
-
+    bfloat16 has three digits, too few for a difference of log-probabilities.
     torch.where, not a product: 0 * NaN is NaN, in the value and in the gradient.
     """
-    total = torch.where(mask, x, torch.zeros_like(x)).sum()
-    return total / (mask.sum().clamp(min=1) if count is None else count)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.where(mask, x, torch.zeros_like(x))
+
+
+def masked_mean(x: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
+    """Sum of x where mask, over count (default: the number of true entries; 0 / 0 is 0)."""
+    return masked(x, mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
@@ -34,7 +33,7 @@ def sft_loss(logprobs: Tensor, mask: Tensor, count: int | None = None) -> Tensor
     ->  scalar, nats per token
     """
     assert logprobs.shape == mask.shape, (logprobs.shape, mask.shape)
-    return -_mean(_to_float32(logprobs), mask, count)
+    return -masked_mean(logprobs, mask, count)
 
 
 def ranked_pairs(place: Tensor, valid: Tensor) -> Tensor:
@@ -59,13 +58,13 @@ def ranking_loss(
     logsigmoid keeps its gradient on badly wrong pairs, where log(sigmoid(d) + 1e-5) loses it.
     """
     assert scores.shape == place.shape == valid.shape, (scores.shape, place.shape, valid.shape)
-    scores = torch.where(valid, _to_float32(scores), torch.zeros((), device=scores.device))
+    scores = masked(scores, valid)
     pairs = ranked_pairs(place, valid)
     margin = scores.unsqueeze(-1) - scores.unsqueeze(-2)
-    per_pair = torch.where(pairs, -logsigmoid(margin), torch.zeros_like(margin))
+    per_pair = masked(-logsigmoid(margin), pairs)
     pairs_in_group = pairs.sum((-1, -2))
     per_group = per_pair.sum((-1, -2)) / pairs_in_group.clamp(min=1)
-    return _mean(per_group, pairs_in_group > 0, count)
+    return masked_mean(per_group, pairs_in_group > 0, count)
 
 
 def balanced_weights(label: Tensor, valid: Tensor) -> Tensor:
@@ -101,12 +100,11 @@ def classification_loss(
     ->  scalar, nats per response.  The reward is then tanh(z/2) in (-1, 1).
     """
     assert logits.shape == label.shape == valid.shape, (logits.shape, label.shape, valid.shape)
-    z = torch.where(valid, _to_float32(logits), torch.zeros((), device=logits.device))
+    z = masked(logits, valid)
     per_response = -torch.where(label == 1, logsigmoid(z), logsigmoid(-z))
     if weight is not None:
-        weight = torch.where(valid, weight.to(z.dtype), torch.zeros_like(z))
-        per_response = per_response * weight
-    return _mean(per_response, valid, count)
+        per_response = per_response * masked(weight.to(z.dtype), valid)
+    return masked_mean(per_response, valid, count)
 
 
 def quantile_levels(n: int) -> Tensor:
@@ -138,11 +136,9 @@ def quantile_huber_loss(
     assert quantiles.shape[-1] == len(levels), (quantiles.shape, levels.shape)
     if target_mask is None:
         target_mask = torch.ones_like(targets, dtype=torch.bool)
-    q = _to_float32(quantiles)
     has_target = target_mask.any(-1)
-    q = torch.where(has_target.unsqueeze(-1), q, torch.zeros_like(q)).unsqueeze(-1)     # (...,N,1)
-    zero = torch.zeros((), device=q.device, dtype=q.dtype)
-    z = torch.where(target_mask, targets.to(q.dtype), zero).unsqueeze(-2)               # (...,1,M)
+    q = masked(quantiles, has_target.unsqueeze(-1)).unsqueeze(-1)                       # (...,N,1)
+    z = masked(targets.to(q.dtype), target_mask).unsqueeze(-2)                          # (...,1,M)
     u = z - q                                                                           # (...,N,M)
     tau = levels.to(q).unsqueeze(-1)                                                    # (N,1)
     huber = u.abs()
@@ -151,4 +147,4 @@ def quantile_huber_loss(
     per_target = (tau - (u < 0).to(q.dtype)).abs() * huber * target_mask.unsqueeze(-2)
     num_targets = target_mask.sum(-1, keepdim=True).clamp(min=1)
     per_response = per_target.sum(-1).div(num_targets).sum(-1)
-    return _mean(per_response, has_target, count)
+    return masked_mean(per_response, has_target, count)

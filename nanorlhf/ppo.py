@@ -9,19 +9,7 @@ tokens averaged over: pass the whole minibatch's when the batch at hand is a par
 import torch
 from torch import Tensor
 
-
-def _masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x in float32 or better, zeros behind the mask.
-
-    torch.where, not a product: 0 * NaN is NaN, in value and gradient.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.where(mask, x, torch.zeros_like(x))
-
-
-def masked_mean(x: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
-    """Mean of x over the true entries of mask, or their sum over `count`.  (...,R) -> scalar"""
-    return _masked(x, mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
+from .losses import masked, masked_mean
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -61,8 +49,8 @@ def shape_rewards(
     """
     assert scores.shape == mask.shape[:-1], (scores.shape, mask.shape)
     assert logprobs.shape == ref_logprobs.shape == mask.shape, (logprobs.shape, mask.shape)
-    rewards = -kl_coef * _masked(kl_k1(logprobs, ref_logprobs), mask)
-    return rewards + _masked(scores.unsqueeze(-1), last_token(mask))
+    rewards = -kl_coef * masked(kl_k1(logprobs, ref_logprobs), mask)
+    return rewards + masked(scores.unsqueeze(-1), last_token(mask))
 
 
 def gae(
@@ -75,43 +63,32 @@ def gae(
     mask, neither carries gradient
     """
     assert rewards.shape == values.shape == mask.shape, (rewards.shape, values.shape, mask.shape)
-    rewards = _masked(rewards, mask).detach()
-    values = _masked(values, mask).detach()
+    rewards = masked(rewards, mask).detach()
+    values = masked(values, mask).detach()
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[..., 0])
     value_after = torch.zeros_like(advantage)
     for t in reversed(range(mask.shape[-1])):
         delta = rewards[..., t] + gamma * value_after - values[..., t]
         advantage = delta + gamma * lam * advantage
-        advantage = torch.where(mask[..., t], advantage, torch.zeros_like(delta))
+        advantage = masked(advantage, mask[..., t])
         advantages[..., t] = advantage
         value_after = values[..., t]
     return advantages, advantages + values
 
 
-def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """(count, sum, sum of squares) over the true entries, float64; processes add them up.  ->
-    (3,)
-    """
-    x = _masked(x, mask).double()
-    return torch.stack([mask.sum(), x.sum(), (x * x).sum()])
-
-
-_moments = moments               # whiten has an argument of that name
-
-
-def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8), population variance over the true entries, 0 behind the mask.
 
-    moments: of the whole rollout on all processes (`moments` above, added up); default: of x
-    itself.
+    x: of the whole rollout, not of one process's share of it.
     """
-    count, total, squares = _moments(x, mask) if moments is None else moments
-    mean = total / count.clamp(min=1)
-    var = (squares / count.clamp(min=1) - mean * mean).clamp(min=0)
-    x = _masked(x, mask)
-    white = (x.double() - mean) / torch.sqrt(var + 1e-8)
-    return _masked(white.to(x.dtype), mask)
+    x = masked(x, mask)
+    wide = x.double()
+    count = mask.sum().clamp(min=1)
+    mean = wide.sum() / count
+    var = ((wide * wide).sum() / count - mean * mean).clamp(min=0)
+    white = (wide - mean) / torch.sqrt(var + 1e-8)
+    return masked(white.to(x.dtype), mask)
 
 
 def policy_loss(
@@ -134,8 +111,8 @@ def policy_loss(
     """
     shapes = (logprobs.shape, old_logprobs.shape, advantages.shape, mask.shape)
     assert len(set(shapes)) == 1, shapes
-    advantages = _masked(advantages, mask)
-    log_ratio = kl_k1(_masked(logprobs, mask), _masked(old_logprobs, mask))
+    advantages = masked(advantages, mask)
+    log_ratio = kl_k1(masked(logprobs, mask), masked(old_logprobs, mask))
     ratio = torch.exp(torch.where(advantages < 0, log_ratio, log_ratio.clamp(max=80)))
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -158,9 +135,9 @@ def value_loss(
     """
     shapes = (values.shape, old_values.shape, returns.shape, mask.shape)
     assert len(set(shapes)) == 1, shapes
-    values = _masked(values, mask)
-    old_values = _masked(old_values, mask)
-    returns = _masked(returns, mask)
+    values = masked(values, mask)
+    old_values = masked(old_values, mask)
+    returns = masked(returns, mask)
     near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     unclipped = (values - returns) ** 2
     clipped = (near - returns) ** 2

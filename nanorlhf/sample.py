@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from .batching import Stream, encode_all, partition
-from .generate import Sampling, generate
+from .generate import Sampling, generate, room
 from .io import data, hub
 from .io.data import Response
 from .io.files import replace
 from .io.read import InputError
 from .run import dist, kernels, precision
-from .run.cli import COMMON_BOUNDS, check_bounds, context_limit, run_script
+from .run.cli import check_bounds, context_limit, run_script
 
 MAX_REDRAWS = 3            # how often a sample that says the same as another is drawn again
 
@@ -59,14 +59,11 @@ def draw(policy, rows, config, first_sample=0):
         config.k, config.max_new_tokens, tokenizer.eos_id, config.seed, Stream.SAMPLE,
         config.temperature, config.top_p, config.max_tokens
     )
-    prompts = [row.prompt for row in rows]
-    indices = [row.index for row in rows]
     with precision.autocast(policy, config.dtype):
-        responses = generate(policy.trunk, prompts, indices, sampling, 0, first_sample)
+        responses = generate(policy.trunk, rows, sampling, 0, first_sample)
 
-    def answer(ids):
-        ended = ids[-1] == tokenizer.eos_id
-        return tokenizer.decode(ids[:-1] if ended else ids), ended
+    def answer(ids):                             # EOS is no text
+        return tokenizer.decode(ids), ids[-1] == tokenizer.eos_id
 
     return [list(map(answer, samples)) for samples in responses]
 
@@ -140,8 +137,8 @@ def write(policy, config, device):
         raise InputError(
             f"--data {config.data}: no prompt left ({dict(dropped) or 'the split is empty'})"
         )
-    room = [len(row.prompt) + config.k * config.max_new_tokens for row in rows]
-    local_rows = [rows[i] for i in partition(room, dist.world_size())[dist.rank()]]
+    plan = partition(room(rows, config.k, config.max_new_tokens), dist.world_size())
+    local_rows = [rows[i] for i in plan[dist.rank()]]
     drawn = draw_distinct(policy, local_rows, config)
     local_ids = [row.index for row in local_rows]
     local_groups = [
@@ -195,7 +192,7 @@ def show(folder, config, device):
 
 
 def main(config):
-    check_bounds(config, k=1, max_new_tokens=1, top_p=(1e-6, 1), **COMMON_BOUNDS)
+    check_bounds(config, top_p=(1e-6, 1))
     if bool(config.prompt) == bool(config.data):
         raise InputError("give either --prompt or --data")
     if config.data and config.compare_with:

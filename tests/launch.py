@@ -64,12 +64,12 @@ def mean_of_means():
 
 def own_whitening():
     """Each process whitens the advantages of its own share of the rollout."""
-    whiten = ppo.whiten
-
     def wrong(x, mask):
         mine = torch.zeros(len(mask), dtype=torch.bool)
         mine[dist.rank()::dist.world_size()] = True
-        return whiten(x, mask, ppo.moments(x[mine], mask[mine]))
+        own = x[mine][mask[mine]].double()
+        white = (x.double() - own.mean()) / (own.var(unbiased=False) + 1e-8).sqrt()
+        return torch.where(mask, white.to(x.dtype), 0.0)
     ppo.whiten = wrong
 
 

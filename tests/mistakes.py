@@ -200,11 +200,8 @@ MISTAKES = [
     Mistake(
         name="mean over responses of means over tokens",
         file=LOSSES,
-        old="-_mean(_to_float32(logprobs), mask, count)",
-        new=(
-            "-torch.where(mask, _to_float32(logprobs), "
-            "0).sum(-1).div(mask.sum(-1).clamp(min=1)).mean()"
-        ),
+        old="-masked_mean(logprobs, mask, count)",
+        new="-masked(logprobs, mask).sum(-1).div(mask.sum(-1).clamp(min=1)).mean()",
         test="test_losses.py::test_sft_loss_is_a_mean_over_tokens",
         says=(
             "In a mean of means a token of a short response weighs more than one of a long "
@@ -233,16 +230,16 @@ MISTAKES = [
     Mistake(
         name="a sum for a mean",
         file=LOSSES,
-        old="total / (mask.sum().clamp(min=1) if count is None else count)",
-        new="total",
+        old="masked(x, mask).sum() / (mask.sum().clamp(min=1) if count is None else count)",
+        new="masked(x, mask).sum()",
         test="test_losses.py::test_sft_loss_is_a_mean_over_tokens",
         says="With a sum the gradient grows with the batch.",
     ),
     Mistake(
         name="supervised loss of the wrong sign",
         file=LOSSES,
-        old="-_mean(",
-        new="_mean(",
+        old="-masked_mean(",
+        new="masked_mean(",
         test="test_losses.py::test_sft_loss_is_a_mean_over_tokens",
         says="Log-probabilities are to go up, and a loss goes down.",
     ),
@@ -264,15 +261,15 @@ MISTAKES = [
     Mistake(
         name="losses in bfloat16",
         file=LOSSES,
-        old="return x if x.dtype == torch.float64 else x.float()",
-        new="return x",
+        old="x = x.to(torch.promote_types(x.dtype, torch.float32))",
+        new="pass",
         test="test_losses.py::test_float32_or_better",
         says="bfloat16 has three digits; sums of log-probabilities need float32.",
     ),
     Mistake(
         name="float64 squeezed through float32",
         file=LOSSES,
-        old="x if x.dtype == torch.float64 else x.float()",
+        old="x.to(torch.promote_types(x.dtype, torch.float32))",
         new="x.float()",
         test="test_losses.py::test_float32_or_better",
         says="What is float64 must stay float64, or finite differences no longer fit the gradient.",
@@ -755,8 +752,8 @@ MISTAKES = [
     Mistake(
         name="KL at the last token only",
         file=PPO,
-        old="_masked(kl_k1(logprobs, ref_logprobs), mask)",
-        new="_masked(kl_k1(logprobs, ref_logprobs), last_token(mask))",
+        old="masked(kl_k1(logprobs, ref_logprobs), mask)",
+        new="masked(kl_k1(logprobs, ref_logprobs), last_token(mask))",
         test="test_ppo.py::test_shape_rewards_by_hand",
         says="Every token pays for its own log-ratio.",
     ),
@@ -839,7 +836,7 @@ MISTAKES = [
     Mistake(
         name="a value after the last token",
         file=PPO,
-        old="_masked(values, mask).detach()",
+        old="masked(values, mask).detach()",
         new="values.detach()",
         test="test_ppo.py::test_the_value_after_the_last_token_is_zero",
         says="What stands behind the mask became the value after the end.",
@@ -855,32 +852,32 @@ MISTAKES = [
     Mistake(
         name="gradient through GAE",
         file=PPO,
-        old="_masked(values, mask).detach()",
-        new="_masked(values, mask)",
+        old="masked(values, mask).detach()",
+        new="masked(values, mask)",
         test="test_ppo.py::test_gae_carries_no_gradient",
         says="Advantages and returns are targets, and nothing flows back through them.",
     ),
     Mistake(
         name="variance of a sample",
         file=PPO,
-        old="squares / count.clamp(min=1) - mean * mean",
-        new="(squares / count - mean * mean) * count / (count - 1)",
+        old="(wide * wide).sum() / count - mean * mean",
+        new="((wide * wide).sum() / count - mean * mean) * count / (count - 1)",
         test="test_ppo.py::test_whiten_by_hand",
         says="It is the variance of a population: divide by n, not by n - 1.",
     ),
     Mistake(
         name="whitening over padding",
         file=PPO,
-        old="torch.stack([mask.sum(),",
-        new="torch.stack([torch.tensor(mask.numel()),",
+        old="count = mask.sum().clamp(min=1)\n    mean",
+        new="count = mask.numel()\n    mean",
         test="test_ppo.py::test_whiten_by_hand",
         says="Padding is then counted as tokens of advantage 0.",
     ),
     Mistake(
         name="scaled, not centred",
         file=PPO,
-        old="(x.double() - mean)",
-        new="x.double()",
+        old="(wide - mean)",
+        new="wide",
         test="test_ppo.py::test_whiten_by_hand",
         says="Whitening takes the mean away too.",
     ),
@@ -950,8 +947,8 @@ MISTAKES = [
     Mistake(
         name="ratio upside down",
         file=PPO,
-        old="kl_k1(_masked(logprobs, mask), _masked(old_logprobs, mask))",
-        new="kl_k1(_masked(old_logprobs, mask), _masked(logprobs, mask))",
+        old="kl_k1(masked(logprobs, mask), masked(old_logprobs, mask))",
+        new="kl_k1(masked(old_logprobs, mask), masked(logprobs, mask))",
         test="test_ppo.py::test_policy_loss_by_case",
         says="The ratio is new over old; upside down, good tokens get less likely.",
     ),
@@ -996,7 +993,7 @@ MISTAKES = [
     ),
     Mistake(
         name="mean of means in PPO",
-        file=PPO,
+        file=LOSSES,
         old=" if count is None else count",
         new="",
         test="test_ppo.py::test_micro_batches_with_the_whole_count_are_the_whole",
@@ -1052,28 +1049,28 @@ MISTAKES = [
     ),
     Mistake(
         name="entropy averaged over padding",
-        file=PPO,
+        file=LOSSES,
         old="(mask.sum().clamp(min=1) if",
         new="(mask.numel() if",
         test="test_ppo.py::test_padding_never_enters_an_entropy",
     ),
     Mistake(
         name="entropy of a pad counted as -1",
-        file=PPO,
+        file=LOSSES,
         old="torch.zeros_like(x))",
         new="-torch.ones_like(x))",
         test="test_ppo.py::test_padding_never_enters_an_entropy",
     ),
     Mistake(
         name="a mask accepted and ignored, PPO",
-        file=PPO,
+        file=LOSSES,
         old="torch.where(mask, x, torch.zeros_like(x))",
         new="x",
         test="test_ppo.py::test_what_stands_behind_the_mask_is_ignored",
     ),
     Mistake(
         name="a mask multiplied in PPO: 0 * NaN",
-        file=PPO,
+        file=LOSSES,
         old="torch.where(mask, x, torch.zeros_like(x))",
         new="x * mask",
         test="test_ppo.py::test_what_stands_behind_the_mask_is_ignored",
@@ -1473,11 +1470,8 @@ MISTAKES = [
     Mistake(
         name="a rollout of one process",
         file=TRAIN_PPO,
-        old=(
-            "    for tensor in (old_logprobs, ref_logprobs, values, entropy):\n        "
-            "dist.all_reduce(tensor)"
-        ),
-        new="    for tensor in ():\n        dist.all_reduce(tensor)",
+        old="    dist.all_reduce(tensors)",
+        new="    dist.all_reduce(tensors.clone())",
         test="test_processes.py::test_the_same_update[ppo-two processes]",
     ),
 ]

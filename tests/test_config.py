@@ -148,8 +148,9 @@ def test_check_bounds():
                                (Config("x", lr=nan), dict(lr=0), "--lr nan: must be at least 0"),
                                (Config("x", lr=inf), dict(lr=(0, 1)), "--lr inf: must be between 0 and 1"),
                                (Config("x", lr=-inf), dict(lr=0), "--lr -inf: must be at least 0"),
-                               (Config("x", lr=nan), {}, "--lr nan: must be at least 0"),         # a field without bounds: not below 0
-                               (Config("x", k=-1), dict(lr=(0, 1)), "--k -1: must be at least 0")):
+                               (Config("x", lr=nan), {}, "--lr nan: must be between 0 and 10"),   # from COMMON_BOUNDS
+                               (Config("x", k=0), dict(lr=(0, 1)), "--k 0: must be at least 1"),
+                               (Config("x", kl_coef=-1.0), {}, "--kl_coef -1.0: must be at least 0")):         # named nowhere
         with pytest.raises(InputError) as error:
             check_bounds(bad, **bounds)
         assert str(error.value) == words

@@ -146,7 +146,7 @@ def test_sample_is_a_function_of_the_address():
     model = model_of("llama-grouped")
     def run(which, k=3, max_tokens=8192, first_sample=0, stream=Stream.ROLLOUT, step=2):
         sampling = Sampling(k, 8, EOS, 5, stream, max_tokens=max_tokens)
-        return generate(model, [PROMPTS[i] for i in which], [10 + i for i in which], sampling, step, first_sample)
+        return generate(model, [Row(PROMPTS[i], [], 10 + i) for i in which], sampling, step, first_sample)
     all_of_them = run(range(5))
     assert run([3, 0, 4])[1] == all_of_them[0] and run([3, 0, 4])[0] == all_of_them[3]
     assert run(range(5), max_tokens=1) == run(range(5), max_tokens=60) == all_of_them
@@ -265,7 +265,7 @@ def test_samples_of_one_prompt_have_the_model_s_distribution():
     model = model_of("gpt2")
     with torch.no_grad():
         probs = torch.softmax(model.logits(recomputed(model, PROMPTS[0])), -1)
-    found = generate(model, PROMPTS[:1], [0], Sampling(20_000, 1, EOS, 0, Stream.ROLLOUT), 0)[0]
+    found = generate(model, [Row(PROMPTS[0], [])], Sampling(20_000, 1, EOS, 0, Stream.ROLLOUT), 0)[0]
     assert chi_square(torch.bincount(torch.tensor(found).flatten(), minlength=VOCAB), probs) < bound(VOCAB)
 
 

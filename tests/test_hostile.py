@@ -302,7 +302,7 @@ def test_a_settings_file_with_half_a_letter(sound, tmp_path):
 
 
 def test_a_tokenizer_file_beyond_the_bound(sound, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_BYTES", 1000)
+    monkeypatch.setattr(tokenizer, "MAX_JSON_BYTES", 1000)
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json, merges.txt"):
         folder = folder_of(sound, name, tmp_path / name)
         refused(lambda folder=folder: hub.load_tokenizer(folder), str(folder), "more than 1,000 bytes")

@@ -162,23 +162,13 @@ def test_whiten_of_a_deviation_as_small_as_its_epsilon():
     assert white.tolist() == pytest.approx([0.5**0.5, -0.5**0.5], rel=1e-9)
 
 
-def test_moments_add_up_over_processes():
-    mask, x = uneven(5, 2, 0, 4, width=5), random(4, 5)
-    x = x.masked_fill(~mask, NAN)
-    assert ppo.moments(torch.tensor([1.0, -2, NAN]), torch.tensor([True, True, False])).tolist() == [2, -1, 5]
-    total = ppo.moments(x[:1], mask[:1]) + ppo.moments(x[1:], mask[1:])
-    halves = torch.cat([ppo.whiten(x[:1], mask[:1], total), ppo.whiten(x[1:], mask[1:], total)])
-    assert torch.allclose(halves, ppo.whiten(x, mask), atol=1e-12)
-    assert not torch.allclose(ppo.whiten(x[:1], mask[:1]), halves[:1], atol=0.01)                 # alone it is another one
-
-
 def test_whiten_what_does_not_vary():
     # float32 holds 1e3 + 0.1 inexactly, and a variance is not to go below 0;  no token at all is no error either
     assert ppo.whiten(torch.full((2, 3), 1000.1), torch.ones(2, 3, dtype=torch.bool)).abs().max() < 1e-3
     assert (ppo.whiten(torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool)) == 0).all()
     assert ppo.whiten(torch.tensor([7.0, NAN]), torch.tensor([True, False])).tolist() == [0, 0]          # one token is its own mean
-    # squares that rounding left below count * mean^2
-    assert ppo.whiten(torch.ones(2), torch.ones(2, dtype=torch.bool), torch.tensor([2, 2, 2 - 1e-6], dtype=torch.float64)).tolist() == [0, 0]
+    # float64: rounding leaves the mean of these squares 4e-6 below the squared mean, whose root would be NaN
+    assert ppo.whiten(torch.full((3,), 100000.1, dtype=torch.float64), torch.ones(3, dtype=torch.bool)).abs().max() < 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------- policy loss

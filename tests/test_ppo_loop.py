@@ -39,8 +39,6 @@ class Reward:
 class Minibatches:
     """Stands where NonFiniteGuard does; remembers which prompts each minibatch held."""
 
-    skipped = 0
-
     def __init__(self):
         self.seen = []
 

@@ -22,7 +22,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import gpt2, llama, sample
-from nanorlhf.batching import Stream
+from nanorlhf.batching import Row, Stream
 from nanorlhf.generate import Sampling, generate
 from nanorlhf.heads import Policy
 from nanorlhf.io import data, hub, tokenizer
@@ -153,9 +153,9 @@ def test_sft_learns(family, sft, world):
     assert rows[0]["loss"] > 5 and rows[-1]["loss"] < 1 and held[-1]["eval_loss"] < held[0]["eval_loss"] / 4     # ln 300 = 5.7 at first
     policy = hub.load_policy(sft[family])
     assert policy.trunk.family == family
-    row = policy.tokenizer.encode_prompt(PROMPTS[0])
+    row = Row(policy.tokenizer.encode_prompt(PROMPTS[0]), [])
     sampling = Sampling(1, 12, policy.tokenizer.eos_id, 0, Stream.SAMPLE, temperature=0)
-    (ids,), = generate(policy.trunk, [row], [0], sampling, 0)
+    (ids,), = generate(policy.trunk, [row], sampling, 0)
     assert ids[-1] == policy.tokenizer.eos_id and policy.tokenizer.decode(ids[:-1]) in [text for text, *_ in ANSWERS]
     # tokens: columns that are not padding, of the groups of this step
     tok = policy.tokenizer

@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 from .read import MAX_FILE_BYTES, InputError, parse_json, read_bytes
 
@@ -362,8 +363,7 @@ def load(path):
 
 # -------------------------------------------------------------------- any loss from any labels
 
-@dataclass
-class Judgement:
+class Judgement(NamedTuple):
     """What the three losses need of one group, a value per response; None: not in that loss."""
     place: list[float]
     label: list[int | None]

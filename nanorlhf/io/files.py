@@ -7,7 +7,14 @@ the new content of each, so that a kill at any instant leaves no file that looks
 import fcntl
 import hashlib
 import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .read import InputError
 
 SUMS = "SHA256SUMS"
 
@@ -175,3 +182,33 @@ def file_damage(path):
     if _sha256(path) not in digests:
         return f"{path.name} is damaged: its SHA-256 is not the one in {SUMS}"
     return None
+
+
+# ----------------------------------------------------------------------------------- safetensors
+
+@contextmanager
+def open_tensors(path):
+    """An open safetensors file: its header is read and checked against its size, no tensor is."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"{path}: not a readable safetensors file ({reason})") from None
+
+
+def save_tensors(tensors, metadata):
+    """A function that writes a safetensors file to the path it is given, for `replace`.
+
+    A full disk is an OSError, as it is for other files.
+    """
+    def write(path):
+        try:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
+        except SafetensorError as error:
+            match = re.search(r"os error (\d+)", str(error))
+            if not match:
+                raise
+            number = int(match[1])
+            raise OSError(number, os.strerror(number), str(path)) from None
+    return write

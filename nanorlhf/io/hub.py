@@ -7,21 +7,18 @@ family of models stands in hub_gpt2.py and hub_llama.py, under the same names in
 import dataclasses
 import json
 import math
-import os
 import re
 from contextlib import contextmanager
 from os.path import dirname, realpath
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..heads import Policy, RewardModel
 from ..reward import REWARD_TRANSFORMS, FunctionReward, TextReward, is_function
 from . import hub_gpt2, hub_llama
-from .files import file_damage, read_checksums, replace_all
-from .read import MAX_JSON_BYTES, InputError, parse_json, read_bytes
+from .files import file_damage, open_tensors, read_checksums, replace_all, save_tensors
+from .read import InputError, read_json
 from .tokenizer import load as read_tokenizer
 
 FAMILIES = {"gpt2": hub_gpt2, "llama": hub_llama}        # model_type in config.json -> its module
@@ -33,10 +30,6 @@ SIZES = {
 # constants that old releases stored
 OLD_BUFFERS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def read_json(path):
-    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
 @contextmanager
@@ -149,17 +142,6 @@ def _weight_files(folder):
     return [folder / name for name in sorted(set(names.values()))]
 
 
-@contextmanager
-def _open_tensors(path):
-    """An open safetensors file: its header is read and checked against its size, no tensor is."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise InputError(f"{path}: not a readable safetensors file ({reason})") from None
-
-
 def _read_headers(folder):
     """What the files claim to hold, before anything is allocated for it.
 
@@ -167,13 +149,13 @@ def _read_headers(folder):
     """
     headers = {}
     for path in _weight_files(folder):
-        with _open_tensors(path) as file:
+        with open_tensors(path) as file:
             for key in file.keys():
                 headers[path, key] = tuple(file.get_slice(key).get_shape())
     return headers
 
 
-def _match_tensors(module, names, headers, optional):
+def _match_tensors(folder, module, names, headers, optional):
     """Compares headers and model: all tensors and parameters are accounted for, all shapes agree.
 
     -> {(path, tensor name): parameter name}, optional tensors last
@@ -198,7 +180,6 @@ def _match_tensors(module, names, headers, optional):
                 f"{path}: tensor {key!r:.80} has shape {shape!s:.80}, config.json says {expected}"
             )
     if missing:
-        folder = next(iter(headers))[0].parent
         raise InputError(
             f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)"
         )
@@ -206,25 +187,26 @@ def _match_tensors(module, names, headers, optional):
 
 
 @torch.no_grad()
-def _load_weights(module, names, headers, optional):
+def _load_weights(folder, module, trunk, names, headers, optional):
     """Gives a module on the meta device memory, and its parameters their values from the files.
 
+    trunk: the module itself, or the one inside it
     names: tensor name in the file -> parameter name
     optional: a tensor that may be in the file without a parameter of its own -> the parameter that
         it must equal (a tied head), or None where the tensor is not needed
     """
-    sources = _match_tensors(module, names, headers, optional)
+    sources = _match_tensors(folder, module, names, headers, optional)
     try:
         module.to_empty(device="cpu")
     except RuntimeError:
         n = sum(p.numel() for p in module.parameters())
         raise InputError(
-            f"{next(iter(headers))[0]}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, "
+            f"{folder}: {n:,} parameters, {4 * n / 2**30:.0f} GiB in float32, "
             "do not fit into memory"
         ) from None
     for (path, key), name in sources.items():
         place = f"{path}: tensor {key!r}"
-        with _open_tensors(path) as file:
+        with open_tensors(path) as file:
             tensor = file.get_tensor(key)
         parameter = module.get_parameter(name)
         if key in optional and not torch.equal(tensor.float(), parameter):
@@ -238,6 +220,8 @@ def _load_weights(module, names, headers, optional):
         # only now: float64's 1e300 is float32's infinity
         if not torch.isfinite(parameter).all():
             raise InputError(f"{place} holds NaN or infinity, or numbers beyond float32")
+    with _errors_at(folder / "config.json"):
+        FAMILIES[trunk.family].after_load(trunk)
 
 
 def _hub_names(trunk):
@@ -285,12 +269,13 @@ def load_tokenizer(folder):
         raise InputError(" ".join(str(error).splitlines())) from None
 
 
-def _meta_trunk(folder, family, config):
+def _meta_trunk(folder, values):
     """A trunk of shapes alone, without memory, to be compared with the headers before it is loaded.
 
-    -> (trunk, tokenizer, headers)
+    -> (trunk, its family's module, tokenizer, headers)
     """
     path = folder / "config.json"
+    family, config = trunk_config(values, path)
     headers = _read_headers(folder)
     num_layers = getattr(config, family.NUM_LAYERS)
     if num_layers > len(headers):
@@ -309,7 +294,7 @@ def _meta_trunk(folder, family, config):
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"the model {config.vocab_size}: they do not belong together"
         )
-    return trunk, tokenizer, headers
+    return trunk, family, tokenizer, headers
 
 
 def load_trunk(path, head=True):
@@ -318,18 +303,16 @@ def load_trunk(path, head=True):
     -> (trunk, tokenizer)
     """
     folder, values, is_reward_model = _open_folder(path)
-    family, config = trunk_config(values, folder / "config.json")
     if is_reward_model:
         raise InputError(f"{folder}: a reward model; a language model is wanted here")
-    trunk, tokenizer, headers = _meta_trunk(folder, family, config)
+    trunk, family, tokenizer, headers = _meta_trunk(folder, values)
     if not head:
         trunk.lm_head = None
     optional = {}
+    tied = trunk.config.tie_word_embeddings
     if trunk.lm_head is None:
-        optional["lm_head.weight"] = family.EMBEDDING if config.tie_word_embeddings else None
-    _load_weights(trunk, _hub_names(trunk), headers, optional)
-    with _errors_at(folder / "config.json"):
-        family.after_load(trunk)
+        optional["lm_head.weight"] = family.EMBEDDING if tied else None
+    _load_weights(folder, trunk, trunk, _hub_names(trunk), headers, optional)
     return trunk, tokenizer
 
 
@@ -350,21 +333,18 @@ def load_reward_model(path):
             "train one with train_rm.py"
         )
     config_path = folder / "config.json"
-    family, config = trunk_config(values, config_path)
     labels = values.get("id2label") or {"0": "", "1": ""}    # transformers' default is two labels
     if not isinstance(labels, dict):
         raise InputError(f"{config_path}: id2label {labels!r:.40} is not an object")
     transform, moments, max_length = _reward_keys(values, config_path)
-    trunk, tokenizer, headers = _meta_trunk(folder, family, config)
+    trunk, family, tokenizer, headers = _meta_trunk(folder, values)
     trunk.lm_head = None
     with torch.device("meta"):
         model = RewardModel(trunk, len(labels))
     names = {name: f"trunk.{key}" for name, key in _hub_names(trunk).items()}
     names["score.weight"] = "score.weight"
-    _load_weights(model, names, headers, {})
-    with _errors_at(config_path):
-        family.after_load(trunk)
-    max_length = min(max_length or config.context, config.context)
+    _load_weights(folder, model, trunk, names, headers, {})
+    max_length = min(max_length or trunk.config.context, trunk.config.context)
     return TextReward(model, tokenizer, transform, moments, max_length)
 
 
@@ -410,23 +390,6 @@ def init_or_load(init, tokenizer_folder, texts, head=True):
 
 
 # -------------------------------------------------------------------------------------- saving
-
-def save_tensors(tensors, metadata):
-    """A function that writes a safetensors file to the path it is given.
-
-    A full disk is an OSError, as it is for other files.
-    """
-    def write(path):
-        try:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
-        except SafetensorError as error:
-            match = re.search(r"os error (\d+)", str(error))
-            if not match:
-                raise
-            number = int(match[1])
-            raise OSError(number, os.strerror(number), str(path)) from None
-    return write
-
 
 def _hub_tensors(trunk):
     """The trunk's weights by their names in a hub file, float32 on the CPU."""

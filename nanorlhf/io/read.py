@@ -8,7 +8,8 @@ from pathlib import Path
 
 # bytes, unzipped: all of HH is a third of it, and takes several times as much as Python's objects
 MAX_FILE_BYTES = 2**30
-# bytes of one JSON value: "[[],[],[], ..." takes 20 times as much memory
+# bytes of one JSON value: "[[],[],[], ..." takes 20 times as much memory; a tokenizer.json of 256
+# thousand tokens has 33 million
 MAX_JSON_BYTES = 2**26
 # levels of JSON, ours has 5: at 1,000 Python's recursion ends, if not in parsing, then in printing
 MAX_JSON_DEPTH = 100
@@ -61,6 +62,10 @@ def parse_json(raw, where):
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected an object {{...}}, found {start!r}")
     return value
+
+
+def read_json(path):
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
 def _check_depth(value, depth):

@@ -22,6 +22,8 @@ import regex  # tiktoken depends on it; `re` knows no \p{L}
 import sentencepiece
 import tiktoken
 
+from .read import MAX_JSON_BYTES, parse_json, read_bytes, read_json
+
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>")
 # Copied by save(). A tokenizer.json beside tokenizer.model is for transformers, whose conversion of
@@ -33,7 +35,6 @@ EXTRA_FILES = (
     "added_tokens.json",
     "chat_template.jinja"
 )
-MAX_TOKENIZER_BYTES = 2**27      # a tokenizer.json of 256 thousand tokens has 33 million
 MAX_IDS_PER_TOKEN = 4            # vocab_size is the embedding's: real ones have no gaps, or few
 MAX_MERGE_COST = 2**26           # squared lengths of all tokens, summed; Llama 3's have 9 million
 MAX_PATTERN_LENGTH = 1000        # of a split rule: Llama 3's has 130 characters
@@ -239,12 +240,12 @@ def load(folder):
     files = {}
     for name in (*names, *EXTRA_FILES):
         if (folder / name).is_file():
-            files[canonical.get(name, name)] = _read(folder / name)
+            files[canonical.get(name, name)] = read_bytes(folder / name, MAX_JSON_BYTES)
     # eos_token_id is in the model's config.json, eos_token in tokenizer_config.json
     config = {}
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
         if path.is_file():
-            config |= _parse_object(_read(path), path)
+            config |= read_json(path)
     try:
         return builders[names](files, config, folder)
     # mostly a JSON value of the wrong type
@@ -272,7 +273,7 @@ def _from_gpt2(files, config, folder):
     merges = files["merges.txt"].decode().replace("\r", "").split("\n")
     if merges[0].startswith("#version"):         # only there: "# #" is a merge of GPT-2's
         del merges[0]
-    vocab = _parse_object(files["vocab.json"], folder / "vocab.json")
+    vocab = parse_json(files["vocab.json"], folder / "vocab.json")
     table = {
         "model": {"vocab": vocab, "merges": [merge for merge in merges if merge]},
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}
@@ -282,7 +283,7 @@ def _from_gpt2(files, config, folder):
 
 def _from_tokenizer_json(files, config, folder):
     path = folder / "tokenizer.json"
-    table = _parse_object(files["tokenizer.json"], path)
+    table = parse_json(files["tokenizer.json"], path)
     return _byte_level(table, files, config, "PreTrainedTokenizerFast", path)
 
 
@@ -509,17 +510,12 @@ def train_sentencepiece(texts, vocab_size):
             sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocab_size,
+            vocab_size=vocab_size,                   # <unk> 0, <s> 1, </s> 2 by default
             hard_vocab_limit=False,
             byte_fallback=True,
             split_digits=True,
-            add_dummy_prefix=True,
             remove_extra_whitespaces=False,
             normalization_rule_name="identity",
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
             max_sentence_length=1 << 20,
             num_threads=1,                       # the same model every time
             minloglevel=2
@@ -541,15 +537,6 @@ def _replace_surrogates(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read(path):
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise ValueError(
-            f"{path}: more than {MAX_TOKENIZER_BYTES:,} bytes, no tokenizer file is so large; "
-            "download it again"
-        )
-    return path.read_bytes()
-
-
 def _checked_vocab(vocab, where):
     entries = vocab.items() if isinstance(vocab, dict) else ()
     valid = all(isinstance(token, str) and type(i) is int and i >= 0 for token, i in entries)
@@ -559,18 +546,6 @@ def _checked_vocab(vocab, where):
             "this one does not; download it again"
         )
     return vocab
-
-
-def _parse_object(raw, where):
-    try:
-        table = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); download it again") from error
-    if not isinstance(table, dict):
-        raise ValueError(
-            f"{where}: a JSON object is expected, found {type(table).__name__}; download it again"
-        )
-    return table
 
 
 def _dump(table):

@@ -12,9 +12,10 @@ import typing
 
 from ..io.read import InputError
 
-# of the flags that every training script has, see check_bounds
+# of flags that several scripts have, see check_bounds
 COMMON_BOUNDS = dict(
-    steps=1, groups=1, max_tokens=1, lr=(0, 10), seed=(0, 2**63 - 1), eval_every=1, save_every=1
+    steps=1, groups=1, k=1, max_new_tokens=1, max_tokens=1, lr=(0, 10), seed=(0, 2**63 - 1),
+    eval_every=1, save_every=1,
 )
 # the comment lines above a field, its name, the comment after it
 FIELD = re.compile(r"((?:^    #.*\n)*)^    (\w+):[^#\n]*(?:# *(.*))?$", re.MULTILINE)
@@ -78,8 +79,10 @@ def parse(cls, arguments=None):
 def check_bounds(config, **bounds):
     """check_bounds(config, k=1, lr=(0, 1)): refuses a number outside its bounds, or NaN.
 
-    bounds: the least value, or (least, greatest); 0 for a field that is not named
+    bounds: the least value, or (least, greatest); 0 for a field that is named neither here nor in
+    COMMON_BOUNDS
     """
+    bounds = COMMON_BOUNDS | bounds
     for field in dataclasses.fields(config):
         if field.type not in (int, float):
             continue

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..batching import Row
-from ..io.files import replace_all
-from ..io.hub import save_tensors
+from ..io.files import replace_all, save_tensors
 from . import dist
 from .run_folder import read_metadata
 

@@ -15,19 +15,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..io.files import (
     SUMS,
     file_damage,
     folder_damage,
     lock_folder,
+    open_tensors,
     partial_files,
     read_checksums,
     replace_all,
+    save_tensors,
 )
-from ..io.hub import read_json, save_tensors
-from ..io.read import InputError, parse_json
+from ..io.read import InputError, parse_json, read_json
 from . import dist
 
 KEEP = 2                   # states: if the newest is damaged, the one before is there
@@ -37,10 +37,8 @@ LIBRARIES = ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")
 def states(out):
     """State files, newest first."""
     paths = Path(out).glob("state-*.safetensors")
-    return sorted(
-        [path for path in paths if re.fullmatch(r"state-\d+", path.stem)],
-        key=_step, reverse=True
-    )
+    named = [path for path in paths if re.fullmatch(r"state-\d+", path.stem)]
+    return sorted(named, key=_step, reverse=True)
 
 
 def _step(path):
@@ -49,15 +47,8 @@ def _step(path):
 
 def read_metadata(path):
     """The metadata of a state or of a report.  -> dict"""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return parse_json((file.metadata() or {}).get("run", "").encode(), path)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({_one_line(error)})") from None
-
-
-def _one_line(error):
-    return " ".join(str(error)[:100].split())
+    with open_tensors(path) as file:
+        return parse_json((file.metadata() or {}).get("run", "").encode(), path)
 
 
 # -------------------------------------------------------------------------------- the same run?
@@ -253,8 +244,9 @@ def _load(config, model, optimizer, initial):
             numbers = _restore(path, model, optimizer, initial)
         except torch.OutOfMemoryError:
             raise                                # nothing is wrong with the file
-        except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            problems.append(f"{path}: damaged or of another model ({_one_line(error)})")
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error)[:100].split())
+            problems.append(f"{path}: damaged or of another model ({reason})")
             continue
         if problems:
             print(f"  warning: {'; '.join(problems)}; going on from {path.name}")
@@ -277,7 +269,7 @@ def _restore(path, model, optimizer, initial):
         if type(number) is not type(example) or not low <= number < high:
             raise ValueError(f"{key} is {number!r:.40}")
     parameters = dict(model.named_parameters())
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         keys = set(file.keys())
         weights = {key for key in keys if key.startswith("model.")}
         if weights != {f"model.{name}" for name in parameters}:

@@ -33,6 +33,7 @@ class TrainingRun:
         self.model_folder = Path(config.out) / "model"
         self.script = script
         self.model = model
+        self.device = next(model.parameters()).device
         self.optimizer = optimizer
         self.numbers = numbers
         self.first_step = numbers["step"]
@@ -49,9 +50,10 @@ class TrainingRun:
         """Has a signal come, at any process? save_or_stop will know."""
         self.signum = max(dist.all_gather_object(self.stop.signum))
 
-    def peak_memory(self, device):
-        """The greatest memory of a process so far, GB"""
-        return max(dist.all_gather_object(speed.peak_memory(device)))
+    def log_step(self, step, **numbers):
+        """Adds the steps left out so far, and the greatest memory of a process so far, GB."""
+        memory = dist.all_gather_object(speed.peak_memory(self.device))
+        self.log.step(step, **numbers, skipped=self.guard.skipped, memory_gb=max(memory))
 
     def is_last(self, step):
         return step + 1 == self.config.steps

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..io.files import lock_folder, replace
-from ..io.hub import read_json
-from ..io.read import InputError
+from ..io.read import InputError, read_json
 from ..run.cli import check_bounds, run_script
 from ..run.log import header
 from ..run.signals import EXIT_CODES, Preempted

@@ -23,7 +23,7 @@ import torch
 
 from ..batching import encode_all, partition
 from ..io import data, hub
-from ..io.read import InputError
+from ..io.read import InputError, read_json
 from ..losses import quantile_levels
 from ..metrics import auc
 from ..run import dist
@@ -738,7 +738,7 @@ def compare_files(config):
 def _training_flags(folder):
     """Flags of train_rm.py that a run folder records; {} for a model folder, which has none."""
     path = Path(folder) / "config.json"
-    flags = hub.read_json(path).get("flags", {}) if path.exists() else {}
+    flags = read_json(path).get("flags", {}) if path.exists() else {}
     kappa = flags.get("kappa", 1.0) if isinstance(flags, dict) else None
     good = type(kappa) in (int, float) and 0 <= kappa < math.inf
     if not good or flags.get("labels", "auto") not in ("auto", "place", "label", "scores"):
@@ -788,7 +788,7 @@ def measure_reward(config):
 
 
 def main(config):
-    check_bounds(config, k=1)
+    check_bounds(config)
     modes = [("reward", "data"), ("a", "b", "judge")]
     named = [any(getattr(config, name) for name in mode) for mode in modes]
     if sum(named) != 1:

@@ -604,7 +604,7 @@ def rank_groups(judge, groups):
 
 
 def main(config):
-    check_bounds(config, seed=(0, 2**63 - 1))
+    check_bounds(config)
     out = Path(config.out)
     if not config.dry_run and (not config.out or out.exists() or not out.parent.is_dir()):
         raise InputError(
