@@ -993,9 +993,9 @@ MISTAKES = [
     ),
     Mistake(
         name="mean of means in PPO",
-        file=LOSSES,
-        old=" if count is None else count",
-        new="",
+        file=PPO,
+        old="torch.minimum(unclipped, clipped), mask, count)",
+        new="torch.minimum(unclipped, clipped), mask)",
         test="test_ppo.py::test_micro_batches_with_the_whole_count_are_the_whole",
         says="A micro-batch that divides by its own tokens gives a mean of means.",
     ),
@@ -1063,9 +1063,9 @@ MISTAKES = [
     ),
     Mistake(
         name="a mask accepted and ignored, PPO",
-        file=LOSSES,
-        old="torch.where(mask, x, torch.zeros_like(x))",
-        new="x",
+        file=PPO,
+        old="masked(logprobs, mask), masked(old_logprobs, mask)",
+        new="logprobs, old_logprobs",
         test="test_ppo.py::test_what_stands_behind_the_mask_is_ignored",
     ),
     Mistake(

@@ -30,7 +30,7 @@ ENTRIES = {"train_sft.py": "train_sft", "train_rm.py": "train_rm", "train_ppo.py
 
 THIRD_PARTY = {"torch", "tiktoken", "sentencepiece", "numpy", "safetensors", "regex"}      # regex comes with tiktoken
 # A leaf can be read alone in a lecture; the models know nothing but attention.
-LEAVES = {"attention": set(), "losses": set(), "ppo": set(), "gpt2": {"attention"}, "llama": {"attention"}}
+LEAVES = {"attention": set(), "losses": set(), "ppo": {"losses"}, "gpt2": {"attention"}, "llama": {"attention"}}
 SCRIPT_NAMES = {path.stem for path in SCRIPTS}
 
 
