@@ -10,7 +10,7 @@ globally and shared out. So rollouts, minibatches and update on eight GPUs are t
 
 G prompts per rollout, K responses per prompt, R response tokens at most. Three kinds of indices:
 rollout_ids and minibatch_ids count the rollout's prompts 0 .. G-1, micro_ids the prompts of one
-minibatch.
+minibatch. local_ids are those of this process.
 """
 import copy
 import time
@@ -349,7 +349,7 @@ def update(setup, optimizer, guard, rollout, step, lr):
         if config.target_kl and epoch_kls and sum(epoch_kls) / len(epoch_kls) > config.target_kl:
             break
     means = {}
-    for name in stats:                           # the same names in every minibatch
+    for name in stats:                           # of the last minibatch: each has the same names
         means[name] = sum(each[name] for each in taken) / len(taken) if taken else float("nan")
     return {"ratio_first": ratio_first, **means, "updates": len(taken)}
 
@@ -398,7 +398,7 @@ def warn_about(stats, config, step, log):
     if config.dtype != "bfloat16" and abs(stats["ratio_first"] - 1) > 1e-3:
         log.warn(
             f"a ratio of {stats['ratio_first']:.5f} before the first update: "
-            "sampling and training disagree about the policy"
+            "two forwards of the same policy and rows disagree"
         )
     if stats["kl"] < -1:
         log.warn(
