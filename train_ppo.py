@@ -514,7 +514,7 @@ def main(config):
     # a reward that fails should fail before anything is written
     setup.reward.score_texts([texts[prompts[0].index]], [[" a"]], [[True]])
     optimizer = optim.adamw(policy, config.lr, ADAM_EPS)
-    meter = speed.Meter(policy.trunk, device, config.dtype, dist.world_size())
+    meter = speed.Meter(policy.trunk, device, config.dtype)
     lines = describe(setup, dataset, prompts, held_prompts, dropped, optimizer)
     header("train_ppo: proximal policy optimisation", **lines, machine=meter)
     run = TrainingRun(

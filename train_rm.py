@@ -253,7 +253,7 @@ def main(config):
     model.to(device, precision.master_dtype(config.dtype))
     choose_kernels(trunk, device, config.dtype, config.compile, config.activation_checkpointing)
     optimizer = optim.adamw(model, config.lr)
-    meter = speed.Meter(trunk, device, config.dtype, dist.world_size())
+    meter = speed.Meter(trunk, device, config.dtype)
     transform = "tanh_half" if config.loss == "classification" else "identity"
     reward = TextReward(model, tokenizer, transform, max_length=max_length)
     header(

@@ -108,7 +108,7 @@ def main(config):
     policy = Policy(trunk).to(device, precision.master_dtype(config.dtype))
     choose_kernels(trunk, device, config.dtype, config.compile, config.activation_checkpointing)
     optimizer = optim.adamw(policy, config.lr)
-    meter = speed.Meter(trunk, device, config.dtype, dist.world_size())
+    meter = speed.Meter(trunk, device, config.dtype)
     num_responses = sum(len(row.responses) for row in rows)
     header(
         "train_sft: a supervised policy",

@@ -342,7 +342,7 @@ MISTAKES = [
     Mistake(
         name="mean over all pairs at once",
         file=LOSSES,
-        old="_mean(per_group, pairs_in_group > 0, count)",
+        old="masked_mean(per_group, pairs_in_group > 0, count)",
         new="per_pair.sum() / (pairs.sum().clamp(min=1) if count is None else count)",
         test="test_losses.py::test_ranking_means_over_pairs_then_over_groups",
         says=(
@@ -621,7 +621,7 @@ MISTAKES = [
     Mistake(
         name="responses without a target counted",
         file=LOSSES,
-        old="_mean(per_response, has_target,",
+        old="masked_mean(per_response, has_target,",
         new="_mean(per_response, has_target >= 0,",
         test="test_losses.py::test_quantile_loss_means_over_targets_then_over_responses",
         says="A response without a target has loss 0 and must not dilute the mean.",
@@ -1064,8 +1064,8 @@ MISTAKES = [
     Mistake(
         name="a mask accepted and ignored, PPO",
         file=PPO,
-        old="masked(logprobs, mask), masked(old_logprobs, mask)",
-        new="logprobs, old_logprobs",
+        old="    x = masked(x, mask)\n    wide",
+        new="    wide",
         test="test_ppo.py::test_what_stands_behind_the_mask_is_ignored",
     ),
     Mistake(

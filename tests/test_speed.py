@@ -74,7 +74,8 @@ def test_meter(monkeypatch):
     trunk.flex = True                    # micro-batches of 200 and 256: computed as 256 and 256; 56 of 512 are padding
     assert meter(rows, [[[0, 1], [2]]], 3e9, 2.0)["padding"] == pytest.approx(56 / 512) and "FlexAttention" in str(meter)
     assert meter(rows, [[[2]]], 3e9, 2.0)["padding"] == 0               # 256 = 2 x 128; and rows that are not in the plan do not count
-    two = speed.Meter(trunk, CPU, "float32", processes=2)             # 3e9 / 2 of 2 x 5e9; 200 columns at one, 256 at the other
+    monkeypatch.setattr(speed.dist, "world_size", lambda: 2)
+    two = speed.Meter(trunk, CPU, "float32")             # 3e9 / 2 of 2 x 5e9; 200 columns at one, 256 at the other
     assert two(rows, [[[0, 1]], [[2]]], 3e9, 2.0) == {"tokens": 456, "tokens_per_second": 228.0, "padding": pytest.approx(56 / 512), "mfu": pytest.approx(0.15), "seconds": 2.0}
     assert two(rows, [[[2]], []], 3e9, 2.0)["tokens"] == 256          # nothing at one of them
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..attention import FLEX_BLOCK
+from . import dist
 
 QKV_NAMES = ("c_attn", "q_proj", "k_proj", "v_proj")
 
@@ -102,9 +103,9 @@ class Meter:
     mfu is the share of the *measured* matrix product's rate, not of a data sheet's.
     """
 
-    def __init__(self, trunk, device, dtype, processes=1):
+    def __init__(self, trunk, device, dtype):
         self.trunk = trunk
-        self.limit = measured_flops(device, dtype) * processes
+        self.limit = measured_flops(device, dtype) * dist.world_size()
 
     def __str__(self):
         attention = "a dense mask a row, no padding"
