@@ -78,6 +78,7 @@ class Config:
     kl_horizon: int = 10000    # responses over which beta adapts
     gamma: float = 1.0     # discount per token
     lam: float = 0.95      # lambda of GAE
+    whiten: bool = True    # advantages to mean 0 and variance 1 over the rollout
     clip: float = 0.2      # of the policy's ratio
     value_clip: float = 0.2    # of the value's change
     vf_coef: float = 0.1   # weight of the value loss
@@ -235,7 +236,7 @@ def compute_logprobs_and_values(setup, rollout):
 # ----------------------------------------------------------------------- advantages
 
 def compute_advantages(rollout, kl_coef, config):
-    """Rewards per token, returns, and advantages by GAE, whitened over the whole rollout.
+    """Rewards per token, returns, and advantages by GAE, whitened over the whole rollout or not.
 
     -> rewards (G,K,R)
     """
@@ -246,7 +247,7 @@ def compute_advantages(rollout, kl_coef, config):
     advantages, rollout.returns = ppo.gae(
         rewards, rollout.values, mask, config.gamma, config.lam
     )
-    rollout.advantages = ppo.whiten(advantages, mask)
+    rollout.advantages = ppo.whiten(advantages, mask) if config.whiten else advantages
     return rewards
 
 
@@ -412,8 +413,9 @@ def warn_about(stats, config, step, log):
         )
     if stats["explained_variance"] < 0 and step >= CRITIC_STEPS:
         log.warn(
-            f"explained variance {stats['explained_variance']:.2f} below 0: "
-            "the critic is worse than a constant; try a larger --vf_coef or --lr"
+            "explained variance below 0: the critic is worse than a constant; "
+            "try a larger --vf_coef or --lr (said once)",
+            once=True,
         )
 
 
@@ -477,7 +479,8 @@ def describe(setup, dataset, prompts, held_prompts, dropped, optimizer):
         "step": f"{config.groups} prompts x {config.k} responses, {config.epochs} epochs x "
                 f"{config.minibatches} minibatches; {config.steps} steps",
         "objective": f"score - beta KL, beta {config.kl_coef}{adapted}, gamma {config.gamma}, "
-                     f"lambda {config.lam}, clip {config.clip}, temperature {config.temperature}",
+                     f"lambda {config.lam}, clip {config.clip}, temperature {config.temperature}"
+                     f"{'' if config.whiten else ', advantages not whitened'}",
         "numbers": describe_numbers(config, setup.device, optimizer),
     }
 

@@ -40,7 +40,8 @@ FIT_GROUPS = 500           # training groups that the normalisation is fitted on
 class Config:
     # HH or FairytaleQA folder, groups JSONL, or a folder with train.jsonl and val.jsonl
     data: str
-    # model folder or run, or a size for random weights: gpt2 ... llama-7b ... gpt2-nano, llama-nano
+    # model folder or run (of a reward model the trunk; the head is new), or a size for random
+    # weights: gpt2 ... llama-7b ... gpt2-nano, llama-nano
     init: str
     out: str               # run folder; the same command again resumes
     loss: Literal["ranking", "classification", "quantile"] = "ranking"     # what is minimised
@@ -176,10 +177,11 @@ def show(rows, outputs, groups, step, log):
 
 
 def fit_normalisation(reward, rows, config, device):
-    """The reward of an average training response becomes 0, its deviation 1."""
+    """The reward of an average training response becomes 0, the deviation within prompts 1."""
     order = permutation(len(rows), config.seed, 0)[:FIT_GROUPS]
     outputs, _ = compute_outputs(reward.model, [rows[i] for i in order], config, device)
-    deviation = reward.fit_normalisation(torch.cat(outputs))
+    deviation, within = reward.fit_normalisation(outputs)
+    kind = "within prompts" if within else "over the mix, as no prompt has two responses,"
     warning = ""
     if deviation < STD_FLOOR:
         warning = (
@@ -188,7 +190,7 @@ def fit_normalisation(reward, rows, config, device):
         )
     print(
         f"normalised over the training mix: raw mean {reward.mean:.4f}, "
-        f"raw deviation {deviation:.4f}{warning}"
+        f"deviation {kind} {deviation:.4f}{warning}"
     )
 
 

@@ -83,6 +83,17 @@ def all_statistics(outputs: int) -> list[str]:
     return ["mean", *quantiles, *cvars]
 
 
+def deviation_within(scores: list[Tensor]) -> float:
+    """sqrt(sum (x - mean of its prompt)^2 / (n - prompts)), pooled over the n scores x of prompts
+
+    scores: (K,) per prompt. A prompt with one score counts neither above nor below; if all are such
+    prompts, NaN.
+    """
+    squares = sum(((x - x.mean()) ** 2).sum().item() for x in scores)
+    freedom = sum(len(x) - 1 for x in scores)
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
 class TextReward:
     """A `heads.RewardModel` with its tokenizer: text in, rewards out, normalised once, here."""
 
@@ -115,7 +126,8 @@ class TextReward:
     def describe(self) -> str:
         """Words for a run's header."""
         model = self.model
-        normalised = f"less {self.mean:.4f}, over {self.std:.4f}"
+        floor = " (the floor)" if self.std == STD_FLOOR else ""
+        normalised = f"less {self.mean:.4f}, over {self.std:.4f}{floor}"
         if not self.norm_stats:
             normalised = "raw: it has no normalisation, as its run did not finish"
         statistic = f"{self.statistic} of {model.score.out_features} outputs"
@@ -142,20 +154,26 @@ class TextReward:
         """The transformed statistic before normalisation.  (...,N) -> (...)"""
         return REWARD_TRANSFORMS[self.transform](reduce_quantiles(outputs, self.statistic))
 
-    def fit_normalisation(self, outputs: Tensor) -> float:
-        """Mean 0 and variance 1 over outputs (n,N) of the training mix, for every statistic, with a
-        floor under the deviation.
+    def fit_normalisation(self, outputs: list[Tensor], within: bool = True) -> tuple[float, bool]:
+        """Mean and deviation of the training mix, for every statistic.  outputs: (K,N) per prompt
 
-        -> the raw deviation of the mean: under the floor, rewards will deviate by less than 1
+        The mean is that of all responses. The deviation is `deviation_within` prompts, because the
+        ranking loss leaves a prompt's level free, but at least STD_FLOOR. within=False takes paper
+        A's own, over all responses; so does a mix in which no prompt has two.
+
+        -> (deviation of the mean before the floor, whether it is within prompts)
         """
+        within = within and any(len(output) > 1 for output in outputs)
         deviations = {}
-        for statistic in all_statistics(outputs.shape[-1]):
+        for statistic in all_statistics(outputs[0].shape[-1]):
             self.select(statistic)
-            raw = self.raw(outputs).double()
-            deviations[statistic] = raw.std(unbiased=False).item()
-            self.norm_stats[statistic] = (raw.mean().item(), max(deviations[statistic], STD_FLOOR))
+            raw = [self.raw(output).double() for output in outputs]
+            mix = torch.cat(raw)
+            deviation = deviation_within(raw) if within else mix.std(unbiased=False).item()
+            deviations[statistic] = deviation
+            self.norm_stats[statistic] = (mix.mean().item(), max(deviation, STD_FLOOR))
         self.select("mean")
-        return deviations["mean"]
+        return deviations["mean"], within
 
     def score_texts(
         self,
@@ -188,7 +206,7 @@ class TextReward:
         return self.normalise(raw) if normalised else raw
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """(raw - mean) / deviation of the training mix, by the statistic selected."""
+        """(raw - mean) / deviation, which the selected statistic had on the training mix."""
         return (raw - self.mean) / self.std
 
 

@@ -115,6 +115,20 @@ def test_untied_trunk_loses_its_head_as_a_reward_model(tmp_path):
         torch.testing.assert_close(padded_scores(their_scorer(tmp_path / name), row, "right"), model.outputs([row])[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trunk_is_taken_from_a_reward_model(family, tmp_path):
+    # of an untied trunk and of one whose table grew by a padding row; its head stays behind
+    ours = our_reward_model(family, 10)
+    hub.save_reward_model(tmp_path / "model", ours)
+    trunk, tok, source = hub.init_or_load(str(tmp_path), "", None, head=False)
+    assert trunk.lm_head is None and source == f"weights from {tmp_path / 'model'}"
+    ours.model.trunk = trunk
+    row = a_row(tok)
+    assert torch.equal(ours.outputs([row]), hub.load_reward_model(tmp_path).outputs([row]))
+    with pytest.raises(InputError, match="a reward model; a language model is wanted here"):
+        hub.init_or_load(str(tmp_path), "", None)
+
+
 def score(model, normalised=True):
     return model.score_texts([PROMPT], [RESPONSES], [ENDED], normalised)[0]
 

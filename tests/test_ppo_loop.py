@@ -15,6 +15,7 @@ from nanorlhf.batching import Row, Stream, pack_rows
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.heads import Policy
 from nanorlhf.run import dist, optim
+from nanorlhf.run.log import Log
 
 EOS = 6
 CPU = torch.device("cpu")
@@ -142,6 +143,24 @@ def test_rewards_returns_and_advantages_by_hand():
     assert close(rollout.returns, [0.2375, 0.65, 0.7], [-0.4, -0.4, 0])
     centred = torch.tensor([[[-0.2, 0.6125, 0.4625], [-0.1375, -0.7375, 0]]])
     assert torch.allclose(rollout.advantages, centred / 0.238375**0.5, atol=1e-6)
+    plain = settings(gamma=0.9, lam=0.5, whiten=False)
+    train_ppo.compute_advantages(rollout, 0.5, plain)
+    assert close(rollout.advantages, [-0.2625, 0.55, 0.4], [-0.2, -0.8, 0])
+
+
+def test_a_bad_critic_is_told_once(tmp_path, capsys):
+    # below 0 is worse than a constant; a new critic has CRITIC_STEPS rollouts before it is told
+    log = Log(tmp_path, 0, 100, ())
+    stats = {"ratio_first": 1, "kl": 0, "eos_rate": 1, "explained_variance": -0.1}
+    first = train_ppo.CRITIC_STEPS
+    told = []
+    for step in (first - 1, first, first + 1, first + 30):
+        train_ppo.warn_about(stats, settings(), step, log)
+        told.append(capsys.readouterr().err.count("worse than a constant"))
+    assert told == [0, 1, 0, 0]
+    for step in (first, first + 1):                                      # the others at every step
+        train_ppo.warn_about({**stats, "eos_rate": 0}, settings(), step, log)
+        assert capsys.readouterr().err.count("no response ended") == 1
 
 
 # ------------------------------------------------------------------------------- the update

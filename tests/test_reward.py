@@ -1,4 +1,5 @@
 """Rewards of texts: a batch equals its texts one by one, BOS and EOS stand where they belong, normalisation happens once; functions."""
+import math
 import sys
 import textwrap
 
@@ -17,6 +18,7 @@ from nanorlhf.reward import (
     TextReward,
     all_statistics,
     cvar_count,
+    deviation_within,
     is_function,
     parse_statistic,
     reduce_quantiles,
@@ -119,14 +121,27 @@ def test_prompts_that_are_too_long_lose_their_beginning(family):
 
 # ----------------------------------------------------------------------------------------------------- normalisation
 
+def test_deviation_within_by_hand():
+    # 1 3 about 2: 1 + 1; 10 10 16 about 12: 4 + 4 + 16; 7 about itself: 0. 6 scores less 3 prompts: 26 / 3
+    scores = [torch.tensor(x) for x in ([1.0, 3], [10.0, 10, 16], [7.0])]
+    assert deviation_within(scores) == pytest.approx((26 / 3) ** 0.5)
+    assert deviation_within(scores[:2]) == deviation_within(scores)         # the prompt with one response is not counted
+    # a prompt's level, which a ranking loss leaves free, is no part of it
+    assert deviation_within([x + 100 * i for i, x in enumerate(scores)]) == pytest.approx((26 / 3) ** 0.5)
+    assert math.isnan(deviation_within(scores[2:]))
+
+
+@pytest.mark.parametrize("within", [True, False])
 @pytest.mark.parametrize("outputs, reward_map", [(1, "identity"), (1, "tanh_half"), (4, "identity")])
-def test_normalisation_is_applied_once(outputs, reward_map, tmp_path):
+def test_normalisation_is_applied_once(outputs, reward_map, within, tmp_path):
     model = reward_model("gpt2", outputs, transform=reward_map)
     raw = model.score_texts(PROMPTS, RESPONSES, ENDED)                      # before the fit: as it is
     assert torch.equal(raw, model.score_texts(PROMPTS, RESPONSES, ENDED, normalised=False))
     rows = seen_rows(model, PROMPTS, RESPONSES, ENDED)
-    spread = model.fit_normalisation(model.outputs(rows).flatten(0, 1))
-    assert spread == pytest.approx(raw.double().std(unbiased=False).item(), rel=1e-5) and model.mean == pytest.approx(raw.mean().item(), rel=1e-5)
+    # 3 prompts of 3: within, the mean of their variances over K - 1 = 2
+    deviation = (lambda x: x.double().var(-1).mean().sqrt().item()) if within else (lambda x: x.double().std(unbiased=False).item())
+    assert model.fit_normalisation(list(model.outputs(rows)), within) == (pytest.approx(deviation(raw), rel=1e-5), within)
+    assert model.mean == pytest.approx(raw.mean().item(), rel=1e-5)
     assert set(model.norm_stats) == set(all_statistics(outputs))
     hub.save_reward_model(tmp_path, model)
     loaded = hub.load_reward_model(tmp_path)
@@ -137,20 +152,37 @@ def test_normalisation_is_applied_once(outputs, reward_map, tmp_path):
             scores = found.score_texts(PROMPTS, RESPONSES, ENDED)
             plain = found.score_texts(PROMPTS, RESPONSES, ENDED, normalised=False)
             assert scores.mean().item() == pytest.approx(0, abs=1e-4) and torch.equal(scores, found.normalise(plain))
-            assert scores.std(unbiased=False).item() == pytest.approx(min(1, plain.std(unbiased=False).item() / STD_FLOOR), abs=1e-4)
+            assert deviation(scores) == pytest.approx(min(1, deviation(plain) / STD_FLOOR), abs=1e-4)
     if reward_map == "tanh_half":
         assert raw.abs().max() < 1
         z = model.outputs(rows)[..., 0]
         assert torch.allclose(raw, (2 * torch.sigmoid(z) - 1).float(), atol=1e-6)
 
 
+def test_the_mean_is_of_responses_and_the_unit_is_within_prompts():
+    # prompts 0 2 | 10 12 13 13 | 20: mean of seven 70 / 7 = 10, not (1 + 12 + 20) / 3;
+    # within: (1 + 1) + (4 + 0 + 1 + 1) = 8 over 7 - 3; over the mix 100 + 64 + 0 + 4 + 9 + 9 + 100 = 286 over 7
+    model = reward_model("gpt2")
+    outputs = [torch.tensor(x, dtype=torch.float64)[:, None] for x in ([0, 2], [10, 12, 13, 13], [20])]
+    assert model.fit_normalisation(outputs) == (pytest.approx(2**0.5), True)
+    assert (model.mean, model.std) == (10, pytest.approx(2**0.5))
+    assert model.fit_normalisation(outputs, within=False) == (pytest.approx((286 / 7) ** 0.5), False)
+    assert (model.mean, model.std) == (10, pytest.approx((286 / 7) ** 0.5))
+    # one response per prompt: 2 and 20 deviate by 9 from their mean, whatever was asked for
+    assert model.fit_normalisation([outputs[0][1:], outputs[2]]) == (9, False)
+    assert (model.mean, model.std) == (11, 9)
+
+
 def test_a_model_at_chance_is_not_blown_up():
-    # raw outputs 1 +- 1e-3: divided by their own deviation, noise would become rewards of order 1
+    # raw outputs 1 +- 1e-3: divided by their own deviation, sqrt(2e-6 / (2 - 1)), noise would become rewards of order 1
     model = reward_model("gpt2")
     outputs = torch.tensor([[1.001], [0.999]], dtype=torch.float64)
-    assert model.fit_normalisation(outputs) == pytest.approx(1e-3)
+    assert model.fit_normalisation([outputs]) == (pytest.approx(1e-3 * 2**0.5), True)
     assert model.mean == pytest.approx(1) and model.std == STD_FLOOR
     assert model.normalise(outputs).abs().max() == pytest.approx(1e-2)
+    assert model.describe().endswith("less 1.0000, over 0.1000 (the floor)")
+    model.fit_normalisation([outputs * 1000])
+    assert "floor" not in model.describe()
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -225,6 +257,22 @@ def test_a_function_may_use_dataclasses_and_modules_beside_it(tmp_path):
             return [Mark(WORTH + len(text)).value for text in responses]
     """))
     assert reward.score_texts(["p"], [["ab", "a"]], [[True, True]]).tolist() == [[5, 4]]
+
+
+def test_a_function_may_normalise_itself(tmp_path):
+    # a judge's 2 4 | 6 8 on its training mix: mean 5, within prompts (1 + 1 + 1 + 1) / (4 - 2), so 2**.5
+    reward = function(tmp_path, textwrap.dedent("""
+        import torch
+        from nanorlhf.reward import deviation_within
+
+        SCORES = [torch.tensor([2.0, 4.0]), torch.tensor([6.0, 8.0])]
+        MEAN, DEVIATION = torch.cat(SCORES).mean().item(), deviation_within(SCORES)
+
+        def f(prompts, responses):
+            return [(len(text) - MEAN) / DEVIATION for text in responses]
+    """))
+    scores = reward.score_texts(["p"], [["12345", "123"]], [[True, True]])
+    assert reward.normalise(scores)[0].tolist() == pytest.approx([0, -(2**0.5)])
 
 
 def test_a_file_of_a_library_s_name_takes_no_library_s_place(tmp_path):

@@ -206,6 +206,29 @@ def test_reward_model_learns(loss, target, pairs, sampled, world, tmp_path):
     assert scores[:, 0].mean() > scores[:, 2].mean() + 0.5                 # glad over sad, in deviations
 
 
+def test_a_reward_model_from_a_reward_model(world, reward_models, tmp_path, capsys):
+    # ten quantiles before, one score now: the trunk is the old one's, the head is new
+    quantile = reward_models["gpt2"]
+    flags = dict(data=world / "label.jsonl", init=quantile, **{**RM, "steps": 1, "lr": 0})
+    out = start(train_rm, loss="classification", out=tmp_path / "rm", **flags)
+    printed = capsys.readouterr().out
+    assert f"weights from {quantile / 'model'}" in printed and "deviation within prompts" in printed
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (quantile, out))
+    assert before.pop("score.weight").shape == (10, 32) and after.pop("score.weight").shape == (1, 32)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    refuse(capsys, train_sft, dict(data=world / "label.jsonl", init=quantile, out=tmp_path / "sft", **SFT), "a reward model")
+
+
+def test_the_floor_is_said_and_so_is_a_mix_without_pairs(world, tmp_path, capsys):
+    # a learning rate of 0 leaves a head of deviation .2 at the most, tanh halves it: under .1
+    flags = dict(init=world / "gpt2", loss="classification", **{**RM, "steps": 1, "lr": 0})
+    start(train_rm, data=world / "label.jsonl", out=tmp_path / "rm", **flags)
+    assert "under the floor 0.1: rewards will deviate by 0." in capsys.readouterr().out
+    lone = [{"prompt": prompt, "responses": [{"text": ANSWERS[i % 3][0], "label": ANSWERS[i % 3][2]}]} for i, prompt in enumerate(PROMPTS)]
+    start(train_rm, data=jsonl(tmp_path / "lone.jsonl", lone), out=tmp_path / "lone", **flags)
+    assert "deviation over the mix, as no prompt has two responses, 0." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["place", "label", "scores", "hh"])
 @pytest.mark.parametrize("loss, target", LOSSES)
 def test_any_loss_on_any_labels(loss, target, kind, world, tmp_path, capsys):

@@ -298,17 +298,20 @@ def _meta_trunk(folder, values):
 
 
 def load_trunk(path, head=True):
-    """Trunk and tokenizer of a folder of any family; head=False leaves a language-model head out.
+    """Trunk and tokenizer of a folder of any family.
+
+    head=False leaves the head out: a language model's, or that of a reward model, which is refused
+    otherwise.
 
     -> (trunk, tokenizer)
     """
     folder, values, is_reward_model = _open_folder(path)
-    if is_reward_model:
+    if is_reward_model and head:
         raise InputError(f"{folder}: a reward model; a language model is wanted here")
     trunk, family, tokenizer, headers = _meta_trunk(folder, values)
     if not head:
         trunk.lm_head = None
-    optional = {}
+    optional = {"score.weight": None} if is_reward_model else {}
     tied = trunk.config.tie_word_embeddings
     if trunk.lm_head is None:
         optional["lm_head.weight"] = family.EMBEDDING if tied else None

@@ -40,6 +40,7 @@ class Log:
         self.progress_keys = progress_keys
         self.is_main = is_main
         self.began = time.time()
+        self.warned = set()
         self.files = {}
         if is_main:
             for name in ("metrics", "samples"):
@@ -104,6 +105,8 @@ class Log:
         shown = [f"{key} {value:.3g}" for key, value in numbers.items() if isinstance(value, float)]
         print(f"  ...{prompt[-60:]!r} -> {response!r}  {'  '.join(shown)}", flush=True)
 
-    def warn(self, message):
-        if self.is_main:
+    def warn(self, message, once=False):
+        """once: not again in this process."""
+        if self.is_main and not (once and message in self.warned):
             print(f"  warning: {message}", file=sys.stderr, flush=True)
+            self.warned.add(message)
