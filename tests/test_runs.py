@@ -299,9 +299,9 @@ def parents(tmp_path):
         (folder / "hh" / part / "train.jsonl.gz").write_text(part)
         (folder / "hh" / part / "test.jsonl.gz").write_text("held out")
     for part in ("questions", "section-stories"):
-        for split in ("train", "val"):
+        for split, book in (("train", "fox"), ("val", "hen")):
             (folder / "tales" / part / split).mkdir(parents=True)
-            (folder / "tales" / part / split / "fox.csv").write_text(f"{part} {split}")
+            (folder / "tales" / part / split / f"{book}.csv").write_text(f"{part} {split}")
     shutil.copytree(folder / "tales", folder / "published" / "data-by-train-split")
     (folder / "split").mkdir()
     for name in ("train", "val"):
@@ -345,8 +345,8 @@ OTHER_INPUTS = {
     "a part of HH": ("data", "hh", text("hh/two/train.jsonl.gz")),
     "a held-out part of HH": ("data", "hh", text("hh/two/test.jsonl.gz")),
     "questions": ("data", "tales", text("tales/questions/train/fox.csv")),
-    "stories": ("data", "tales", text("tales/section-stories/val/fox.csv")),
-    "a held-out book that is trained on": ("data", "tales", moved("tales/questions/val/fox.csv", "tales/questions/train/hen.csv")),
+    "stories": ("data", "tales", text("tales/section-stories/val/hen.csv")),
+    "a held-out book that is trained on": ("data", "tales", moved("tales/questions/val/hen.csv", "tales/questions/train/hen.csv")),
     "questions as published": ("data", "published", text("published/data-by-train-split/questions/train/fox.csv")),
     "a judge": ("reward", "judge.py:good", text("judge.py", "def good(): return 1\n")),
     "a policy that has trained on": ("policy", "sft", lambda folder: a_model_folder(folder / "sft/model", "later")),
@@ -487,16 +487,20 @@ def test_digests_are_those_of_sha256sum(tmp_path):
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_digests_are_those_of_what_was_there_before_it_was_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_new", [True, False])
+def test_digests_are_those_of_what_was_there_before_it_was_read(is_new, tmp_path, monkeypatch):
     """Once per start, and first: the parent may save again while this run loads it."""
     run = settled(tmp_path)
+    if is_new:
+        shutil.rmtree(tmp_path / "run")
     asked = []
     content_digest = files.content_digest
     monkeypatch.setattr(run_folder, "content_digest", lambda path, *more: (asked.append(Path(path).name), content_digest(path, *more))[1])
-    assert run_folder.resumable(run, "train_ppo")
+    assert run_folder.resumable(run, "train_ppo") is not is_new
     a_model_folder(tmp_path / "inputs/sft/model", "later")
     run_folder.write_config(run, "train_ppo", "nowhere")
     assert sorted(asked) == ["SHA256SUMS", "groups.jsonl", "judge.py"]
+    (tmp_path / "run" / state(3)).write_bytes(b"a state")
     with pytest.raises(InputError, match="--policy .* has other content now"):
         run_folder.resumable(run, "train_ppo")
 
@@ -523,9 +527,15 @@ def test_where_the_run_goes_on_to_rounding_it_says_so(flags, numbers, exact, tmp
     path = tmp_path / state(3)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    about(**numbers)(path, load_file(path), metadata)
+    before = torch.get_num_threads()
+    about(**numbers, threads=before + 1)(path, load_file(path), metadata)
     (tmp_path / files.SUMS).unlink()
-    run_folder.load(config(tmp_path, **flags), model, optimizer, FRESH)
+    try:
+        run_folder.load(config(tmp_path, **flags), model, optimizer, FRESH)
+        # other processes have threads of their own number
+        assert torch.get_num_threads() == before + ("processes" not in numbers)
+    finally:
+        torch.set_num_threads(before)
     lines = ["resuming at step 3"]
     if not exact:
         lines.append("from step 3 on equal to rounding, not to the bit")
