@@ -341,6 +341,8 @@ OTHER_INPUTS = {
     "a train file": ("data", "split", text("split/train.jsonl")),
     "a held-out file": ("data", "split", text("split/val.jsonl")),
     "a held-out file more": ("data", "hh", text("hh/one/val.jsonl")),
+    "a held-out file of another name": ("data", "split", text("split/test.jsonl")),
+    "a part more": ("data", "hh", lambda folder: shutil.copytree(folder / "hh/one", folder / "hh/three")),
     "a held-out file less": ("data", "split", lambda folder: (folder / "split/val.jsonl").unlink()),
     "a part of HH": ("data", "hh", text("hh/two/train.jsonl.gz")),
     "a held-out part of HH": ("data", "hh", text("hh/two/test.jsonl.gz")),

@@ -39,7 +39,8 @@ LIBRARIES = ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")
 INPUTS = ("data", "init", "policy", "reward", "tokenizer")   # flags that name what a run reads
 # of a folder that --data names, what io.data reads
 DATA_FILES = (
-    "train.jsonl*", "val.jsonl*", "*/train.jsonl*", "*/val.jsonl*", "*/test.jsonl*",
+    "train.jsonl*", "val.jsonl*", "test.jsonl*",
+    "*/train.jsonl*", "*/val.jsonl*", "*/test.jsonl*",
     "questions/*/*.csv", "section-stories/*/*.csv", "data-by-train-split/*/*/*.csv",
 )
 ROUNDING = ("device", "max_tokens")    # flags that change the last bits of a sum
