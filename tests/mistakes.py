@@ -1385,6 +1385,27 @@ MISTAKES = [
         new="            if False:",
         test="test_runs.py::test_state_resumes_bit_for_bit",
     ),
+    Mistake(
+        name="inputs of the start before",
+        file=RUN_FOLDER,
+        old="    input_digests.cache_clear()\n",
+        new="",
+        test="test_runs.py::test_other_inputs_are_refused",
+    ),
+    Mistake(
+        name="a parent that has trained on is the same",
+        file=RUN_FOLDER,
+        old="digests[key] == old_digests[key]",
+        new="True",
+        test="test_runs.py::test_other_inputs_are_refused",
+    ),
+    Mistake(
+        name="another device is the same to the bit",
+        file=RUN_FOLDER,
+        old="to_the_bit &=",
+        new="to_the_bit |=",
+        test="test_runs.py::test_where_the_run_goes_on_to_rounding_it_says_so",
+    ),
     # ------------------------------------------------------------------------------------- Sampling
     Mistake(
         name="top-p one token short",

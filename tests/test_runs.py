@@ -1,6 +1,10 @@
 """A run's folder: a state that resumes bit for bit, and one that is damaged; whose run it is; steps that are not finite."""
 import dataclasses
+import hashlib
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import FAMILIES, a_row, our_trunk
 from test_models import tiny_tokenizer
 
+import train_ppo
+import train_rm
 import train_sft
 from nanorlhf.batching import pack_rows
 from nanorlhf.heads import Policy
@@ -116,6 +122,8 @@ STATE_DAMAGE = {
     "a step below 0": about(step=-1),
     "a count in words": about(skipped="two"),
     "no count": about(in_a_row=None),
+    "no flags": about(flags=None),
+    "flags in words": about(flags="all"),
     "gone": lambda path, *_: path.unlink(),
 }
 
@@ -268,6 +276,272 @@ def test_a_run_killed_in_its_first_write_starts_again(tmp_path):
     (tmp_path / "run" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="not a run of ours"):
         run_folder.resumable(config(tmp_path / "run"), "train_sft")
+
+
+# ------------------------------------------------------------------------------------------------- the same inputs?
+
+def a_model_folder(folder, weights="weights", sums=True):
+    """A folder as hub.save_policy leaves it, or as it is downloaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {"config.json": b"{}", "model.safetensors": weights.encode()}
+    if sums:
+        files.replace_all(folder, contents)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def parents(tmp_path):
+    """Everything that a run reads.  -> its folder"""
+    folder = tmp_path / "inputs"
+    for part in ("one", "two"):
+        (folder / "hh" / part).mkdir(parents=True)
+        (folder / "hh" / part / "train.jsonl.gz").write_text(part)
+        (folder / "hh" / part / "test.jsonl.gz").write_text("held out")
+    for part in ("questions", "section-stories"):
+        for split, book in (("train", "fox"), ("val", "hen")):
+            (folder / "tales" / part / split).mkdir(parents=True)
+            (folder / "tales" / part / split / f"{book}.csv").write_text(f"{part} {split}")
+    shutil.copytree(folder / "tales", folder / "published" / "data-by-train-split")
+    (folder / "split").mkdir()
+    for name in ("train", "val"):
+        (folder / "split" / f"{name}.jsonl").write_text(name)
+    (folder / "groups.jsonl").write_text("groups")
+    (folder / "judge.py").write_text("def good(): ...\ndef bad(): ...\n")
+    a_model_folder(folder / "sft" / "model")
+    (folder / "sft" / "config.json").write_text("{}")
+    a_model_folder(folder / "rm" / "model", "scores")
+    a_model_folder(folder / "downloaded", "published", sums=False)
+    return folder
+
+
+def settled(tmp_path, script="train_ppo", **flags):
+    """A run with a state, whose inputs are those of `parents`.  -> its config"""
+    folder = tmp_path / "inputs"
+    if not folder.exists():
+        parents(tmp_path)
+    own = {"train_ppo": dict(policy="sft", reward="judge.py:good"), "train_rm": dict(init="sft"), "train_sft": dict(init="gpt2-nano", tokenizer="downloaded")}[script]
+    named = {key: str(folder / value) if value != "gpt2-nano" else value for key, value in {"data": "groups.jsonl", **own, **flags}.items()}
+    run = {"train_ppo": train_ppo, "train_rm": train_rm, "train_sft": train_sft}[script].Config(out=str(tmp_path / "run"), **named)
+    run_folder.write_config(run, script, "nowhere")
+    (tmp_path / "run" / state(3)).write_bytes(b"a state")        # only its name is asked for
+    return run
+
+
+def text(path, content="other"):
+    return lambda folder: (folder / path).write_text(content)
+
+
+def moved(path, to):
+    return lambda folder: (folder / path).rename(folder / to)
+
+
+OTHER_INPUTS = {
+    "a groups file": ("data", "groups.jsonl", text("groups.jsonl")),
+    "a train file": ("data", "split", text("split/train.jsonl")),
+    "a held-out file": ("data", "split", text("split/val.jsonl")),
+    "a held-out file more": ("data", "hh", text("hh/one/val.jsonl")),
+    "a held-out file of another name": ("data", "split", text("split/test.jsonl")),
+    "a part more": ("data", "hh", lambda folder: shutil.copytree(folder / "hh/one", folder / "hh/three")),
+    "a held-out file less": ("data", "split", lambda folder: (folder / "split/val.jsonl").unlink()),
+    "a part of HH": ("data", "hh", text("hh/two/train.jsonl.gz")),
+    "a held-out part of HH": ("data", "hh", text("hh/two/test.jsonl.gz")),
+    "questions": ("data", "tales", text("tales/questions/train/fox.csv")),
+    "stories": ("data", "tales", text("tales/section-stories/val/hen.csv")),
+    "a held-out book that is trained on": ("data", "tales", moved("tales/questions/val/hen.csv", "tales/questions/train/hen.csv")),
+    "questions as published": ("data", "published", text("published/data-by-train-split/questions/train/fox.csv")),
+    "a judge": ("reward", "judge.py:good", text("judge.py", "def good(): return 1\n")),
+    "a policy that has trained on": ("policy", "sft", lambda folder: a_model_folder(folder / "sft/model", "later")),
+    "a model folder that has trained on": ("policy", "sft/model", lambda folder: a_model_folder(folder / "sft/model", "later")),
+    "a reward model that has trained on": ("reward", "rm", lambda folder: a_model_folder(folder / "rm/model", "later")),
+    "downloaded weights": ("policy", "downloaded", lambda folder: a_model_folder(folder / "downloaded", "later", sums=False)),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_INPUTS)
+def test_other_inputs_are_refused(case, tmp_path):
+    """The same words name something else than when the run was started."""
+    flag, name, change = OTHER_INPUTS[case]
+    run = settled(tmp_path, **{flag: name})
+    assert run_folder.resumable(run, "train_ppo")
+    change(tmp_path / "inputs")
+    with pytest.raises(InputError) as refused:
+        run_folder.resumable(run, "train_ppo")
+    path = tmp_path / "inputs" / name
+    assert str(refused.value) == (f"--out {tmp_path / 'run'} was started with other flags or inputs: "
+                                  f"--{flag} {str(path)!r} has other content now; name another folder")
+
+
+@pytest.mark.parametrize("script, flag, path", [("train_rm", "init", "sft/model"), ("train_sft", "tokenizer", "downloaded")])
+def test_every_script_knows_its_parent(script, flag, path, tmp_path):
+    run = settled(tmp_path, script)
+    assert run_folder.resumable(run, script)
+    a_model_folder(tmp_path / "inputs" / path, "later", sums=flag == "init")
+    with pytest.raises(InputError, match=f"inputs: --{flag} '.*' has other content now; name another folder$"):
+        run_folder.resumable(run, script)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (dict(data="split"), "--data '.* is now '.*split'"), (dict(policy="downloaded"), "--policy '.* is now '.*downloaded'"),
+    (dict(reward="judge.py:bad"), "--reward '.* is now '.*judge.py:bad'"), (dict(reward="rm"), "--reward '.* is now '.*rm'")])
+def test_another_input_is_refused(flags, says, tmp_path):
+    run = settled(tmp_path)
+    flags = {key: str(tmp_path / "inputs" / value) for key, value in flags.items()}
+    with pytest.raises(InputError, match=f"inputs: {says}; name another folder$"):
+        run_folder.resumable(dataclasses.replace(run, **flags), "train_ppo")
+
+
+@pytest.mark.parametrize("flags", [dict(lr=1e-3), dict(seed=1), dict(dtype="bfloat16"), dict(kl_coef=0.1), dict(groups=32), dict(compile=True), dict(data="elsewhere")])
+def test_a_flag_that_changes_the_update_is_refused(flags, tmp_path):
+    run = settled(tmp_path)
+    (flag, value), = flags.items()
+    with pytest.raises(InputError, match=f"inputs: --{flag} .* is now {value!r}; name another folder$"):
+        run_folder.resumable(dataclasses.replace(run, **flags), "train_ppo")
+
+
+@pytest.mark.parametrize("flags", [dict(eval_every=7), dict(save_every=7), dict(device="cpu"), dict(max_tokens=999)])
+def test_other_flags_may_change(flags, tmp_path):
+    run = dataclasses.replace(settled(tmp_path), **flags)
+    assert run_folder.resumable(run, "train_ppo") is True
+
+
+@pytest.mark.parametrize("flag, name, rest", [("data", "groups.jsonl", ""), ("data", "tales", ""), ("policy", "sft", ""), ("policy", "downloaded", ""),
+                                              ("reward", "judge.py", ":good"), ("reward", "rm", "")])
+def test_another_spelling_of_a_path_is_the_same(flag, name, rest, tmp_path):
+    run = settled(tmp_path, **{flag: name + rest})
+    path = tmp_path / "inputs" / name
+    link = tmp_path / f"link-{name}"
+    link.symlink_to(path)
+    for other in (os.path.relpath(path), f"{path.parent}/../inputs/./{name}", str(link), f"{path}/" if path.is_dir() else str(path)):
+        assert run_folder.resumable(dataclasses.replace(run, **{flag: other + rest}), "train_ppo") is True, other
+
+
+def test_what_is_not_read_may_change(tmp_path):
+    """Times of change, hidden files, the parent's log, a run inside of the data's folder."""
+    run = settled(tmp_path, data="split", policy="sft", reward="downloaded")
+    folder = tmp_path / "inputs"
+    for path in folder.rglob("*"):
+        os.utime(path, ns=(1, 1))
+    (folder / "split" / ".git").mkdir()
+    for path in ("split/.git/index", "downloaded/.DS_Store", "sft/metrics.jsonl", "split/notes.txt"):
+        (folder / path).write_text("new")
+    (folder / "split" / "run").mkdir()
+    (folder / "split" / "run" / "samples.jsonl").write_text("new")
+    assert run_folder.resumable(run, "train_ppo") is True
+    shutil.copytree(folder, tmp_path / "elsewhere")      # and what is read may lie elsewhere
+    moved_run = dataclasses.replace(run, **{flag: str(tmp_path / "elsewhere" / name) for flag, name in (("data", "split"), ("policy", "sft"), ("reward", "downloaded"))})
+    assert run_folder.resumable(moved_run, "train_ppo") is True
+
+
+def rewritten(out, change):
+    """config.json as another version would have written it."""
+    values = json.loads((out / "config.json").read_text())
+    change(values)
+    files.replace_all(out, {"config.json": json.dumps(values).encode()})
+
+
+def test_a_flag_that_the_run_did_not_have(tmp_path):
+    run = settled(tmp_path)
+    rewritten(tmp_path / "run", lambda values: values["flags"].pop("target_kl"))
+    assert run_folder.resumable(run, "train_ppo") is True
+    with pytest.raises(InputError, match="inputs: --target_kl 0.0 is now 0.5; name another folder$"):
+        run_folder.resumable(dataclasses.replace(run, target_kl=0.5), "train_ppo")
+
+
+def test_inputs_that_the_run_did_not_note_are_not_compared(tmp_path, capsys):
+    run = settled(tmp_path)
+    text("groups.jsonl")(tmp_path / "inputs")
+    with pytest.raises(InputError, match="--data"):
+        run_folder.resumable(run, "train_ppo")
+    rewritten(tmp_path / "run", lambda values: values.pop("inputs"))
+    assert run_folder.resumable(run, "train_ppo") is True
+    run_folder.write_config(run, "train_ppo", "nowhere")             # from here on they are
+    text("groups.jsonl", "third")(tmp_path / "inputs")
+    with pytest.raises(InputError, match="--data"):
+        run_folder.resumable(run, "train_ppo")
+    flags = {key: value for key, value in dataclasses.asdict(run).items() if key != "out"}
+    save_file({}, tmp_path / "run" / state(3), {"run": json.dumps({"script": "train_ppo", "flags": flags})})
+    flip(tmp_path / "run" / "config.json")
+    assert run_folder.resumable(run, "train_ppo") is True
+    assert f"the flags are read from {state(3)}" in capsys.readouterr().out
+
+
+def test_inputs_of_another_kind_are_damage(tmp_path):
+    run = settled(tmp_path)
+    (tmp_path / "run" / state(3)).write_bytes(b"")
+    rewritten(tmp_path / "run", lambda values: values.update(inputs=["data"]))
+    with pytest.raises(InputError, match="config.json: does not say"):
+        run_folder.resumable(run, "train_ppo")
+
+
+def test_digests_are_those_of_sha256sum(tmp_path):
+    """... so that a reader of config.json can compare them; a resumed run writes the same file again."""
+    run = settled(tmp_path, data="split", reward="judge.py:good")
+    folder, sha256 = tmp_path / "inputs", lambda raw: hashlib.sha256(raw).hexdigest()
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    assert json.loads(before)["inputs"] == {
+        "data": sha256(f"{sha256(b'train')}  train.jsonl\n{sha256(b'val')}  val.jsonl\n".encode()),
+        "policy": sha256((folder / "sft" / "model" / files.SUMS).read_bytes()),
+        "reward": f"{sha256((folder / 'judge.py').read_bytes())}:good",
+    }
+    assert run_folder.resumable(run, "train_ppo")
+    run_folder.write_config(run, "train_ppo", "nowhere")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_digests_are_those_of_what_was_there_before_it_was_read(is_new, tmp_path, monkeypatch):
+    """Once per start, and first: the parent may save again while this run loads it."""
+    run = settled(tmp_path)
+    if is_new:
+        shutil.rmtree(tmp_path / "run")
+    asked = []
+    content_digest = files.content_digest
+    monkeypatch.setattr(run_folder, "content_digest", lambda path, *more: (asked.append(Path(path).name), content_digest(path, *more))[1])
+    assert run_folder.resumable(run, "train_ppo") is not is_new
+    a_model_folder(tmp_path / "inputs/sft/model", "later")
+    run_folder.write_config(run, "train_ppo", "nowhere")
+    assert sorted(asked) == ["SHA256SUMS", "groups.jsonl", "judge.py"]
+    (tmp_path / "run" / state(3)).write_bytes(b"a state")
+    with pytest.raises(InputError, match="--policy .* has other content now"):
+        run_folder.resumable(run, "train_ppo")
+
+
+def test_large_files_go_by_size_and_time(tmp_path, monkeypatch):
+    path = tmp_path / "large"
+    path.write_text("abcd")
+    monkeypatch.setattr(files, "MAX_HASHED_BYTES", 4)
+    assert files.content_digest(path) == hashlib.sha256(b"abcd").hexdigest()
+    monkeypatch.setattr(files, "MAX_HASHED_BYTES", 3)
+    os.utime(path, ns=(5, 1_000_000_007))
+    assert files.content_digest(path) == "4 bytes of 1000000007 ns"
+    path.write_text("efgh")
+    os.utime(path, ns=(5, 1_000_000_007))
+    assert files.content_digest(path) == "4 bytes of 1000000007 ns"
+
+
+@pytest.mark.parametrize("flags, numbers, exact", [
+    ({}, {}, True), (dict(eval_every=7, save_every=7), {}, True), (dict(device="cpu"), {}, False), (dict(max_tokens=999), {}, False), ({}, dict(processes=2), False)])
+def test_where_the_run_goes_on_to_rounding_it_says_so(flags, numbers, exact, tmp_path, capsys):
+    model, optimizer, _ = fresh("gpt2")
+    a_model_folder(tmp_path / "model")
+    save(tmp_path, model, optimizer, 3)
+    path = tmp_path / state(3)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    before = torch.get_num_threads()
+    about(**numbers, threads=before + 1)(path, load_file(path), metadata)
+    (tmp_path / files.SUMS).unlink()
+    try:
+        run_folder.load(config(tmp_path, **flags), model, optimizer, FRESH)
+        # other processes have threads of their own number
+        assert torch.get_num_threads() == before + ("processes" not in numbers)
+    finally:
+        torch.set_num_threads(before)
+    lines = ["resuming at step 3"]
+    if not exact:
+        lines.append("from step 3 on equal to rounding, not to the bit")
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 # ------------------------------------------------------------------------------------------------- steps that are not finite

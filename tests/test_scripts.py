@@ -539,6 +539,34 @@ def test_mistakes_about_the_run_folder(world, tmp_path, capsys):
     refuse(capsys, train_sft, dict(out=out, **flags), "state-000002.safetensors", "damaged", "remove the folder")
 
 
+def test_a_run_goes_on_with_its_own_parent_judge_and_data(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(world / "none.jsonl", "data.jsonl")
+    shutil.copy(world / "reward.py", "judge.py")
+    sft = dict(data="data.jsonl", init=world / "gpt2", out="sft", schedule="constant", **{**SFT, "groups": 2, "eval_every": 9})
+    start(train_sft, **{**sft, "steps": 1})
+    ppo = dict(data="data.jsonl", policy="sft", reward="judge.py:glad", out=tmp_path / "ppo", schedule="constant", **{**PPO, "steps": 1})
+    start(train_ppo, **ppo)
+    assert json.loads((tmp_path / "ppo" / "config.json").read_text())["inputs"].keys() == {"data", "policy", "reward"}
+    capsys.readouterr()
+    start(train_ppo, **{**ppo, "data": tmp_path / "data.jsonl", "policy": "sft/model/", "steps": 2, "eval_every": 5, "save_every": 1})
+    said = capsys.readouterr().out
+    assert "resuming at step 1\n" in said and "to rounding" not in said
+    start(train_ppo, **{**ppo, "steps": 3, "max_tokens": 500})
+    assert "resuming at step 2\nfrom step 2 on equal to rounding, not to the bit\n" in capsys.readouterr().out
+    ppo |= {"steps": 4, "max_tokens": 500}
+    with open("judge.py", "a") as file:
+        file.write("# a word more\n")
+    refuse(capsys, train_ppo, ppo, "--reward 'judge.py:glad' has other content now")
+    shutil.copy(world / "reward.py", "judge.py")
+    with open("data.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "the hen saw the wood:"}) + "\n")
+    refuse(capsys, train_ppo, ppo, "--data 'data.jsonl' has other content now")
+    shutil.copy(world / "none.jsonl", "data.jsonl")
+    start(train_sft, **{**sft, "steps": 2})              # the parent trains on
+    refuse(capsys, train_ppo, ppo, "--policy 'sft' has other content now")
+
+
 def test_more_steps_with_a_constant_schedule(world, tmp_path, capsys):
     flags = dict(data=world / "label.jsonl", init=world / "gpt2", schedule="constant", **SFT)
     whole = start(train_sft, out=tmp_path / "whole", **{**flags, "steps": 6})

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from .read import InputError
 
 SUMS = "SHA256SUMS"
+MAX_HASHED_BYTES = 10**9     # reading more at each start of a run takes seconds
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -132,6 +133,26 @@ def lock_folder(folder):
 def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(path, patterns=("[!.]*",)):
+    """The SHA-256 of a file or, for a folder, of what `sha256sum` prints for its files.
+
+    A file above MAX_HASHED_BYTES has its size and time of change in place of its SHA-256.
+    patterns: of the files that count in a folder; hidden ones need not
+    """
+    path = Path(path)
+    if path.is_file():
+        stat = path.stat()
+        if stat.st_size > MAX_HASHED_BYTES:
+            return f"{stat.st_size} bytes of {stat.st_mtime_ns} ns"
+        return _sha256(path)
+    lines = []
+    for pattern in patterns:
+        for file in sorted(path.glob(pattern)):
+            if file.is_file():
+                lines.append(f"{content_digest(file)}  {file.relative_to(path)}\n")
+    return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
 def _write_checksums(folder, checksums):

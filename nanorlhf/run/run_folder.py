@@ -1,16 +1,18 @@
 """A run's folder. Process 0 alone reads and writes it; it is whole at every instant, and nothing in
 it is ever unpickled.
 
-RUN/config.json                    every flag, the versions, the parent run
+RUN/config.json                    every flag, digests of what they name, the versions, the parent
+                                   run
 RUN/state-000120.safetensors       after 120 steps: weights, optimizer, and the few numbers that
                                    change; the newest KEEP remain
 RUN/nonfinite-000057.safetensors   weights and rows of a step whose loss or gradient was not finite
 RUN/SHA256SUMS                     of these files; RUN/model/ has its own
 """
+import functools
 import json
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 
 from ..io.files import (
     SUMS,
+    content_digest,
     file_damage,
     folder_damage,
     lock_folder,
@@ -28,10 +31,20 @@ from ..io.files import (
     save_tensors,
 )
 from ..io.read import InputError, parse_json, read_json
+from ..reward import is_function
 from . import dist
 
 KEEP = 2                   # states: if the newest is damaged, the one before is there
 LIBRARIES = ("torch", "tiktoken", "sentencepiece", "numpy", "safetensors")
+INPUTS = ("data", "init", "policy", "reward", "tokenizer")   # flags that name what a run reads
+# of a folder that --data names, what io.data reads
+DATA_FILES = (
+    "train.jsonl*", "val.jsonl*", "test.jsonl*",
+    "*/train.jsonl*", "*/val.jsonl*", "*/test.jsonl*",
+    "questions/*/*.csv", "section-stories/*/*.csv", "data-by-train-split/*/*/*.csv",
+)
+ROUNDING = ("device", "max_tokens")    # flags that change the last bits of a sum
+MAY_CHANGE = ("out", "steps", "eval_every", "save_every", *ROUNDING)
 
 
 def states(out):
@@ -53,10 +66,36 @@ def read_metadata(path):
 
 # -------------------------------------------------------------------------------- the same run?
 
+@functools.cache
+def input_digests(config):
+    """{flag: digest} of each flag that names a file or a folder.
+
+    Of a run or model folder that has SHA256SUMS, this file counts: a parent that has trained on is
+    another one. After the digest of a reward's file stands the function's name.
+    """
+    digests = {}
+    for flag in INPUTS:
+        path, function = getattr(config, flag, ""), ""
+        if is_function(path):
+            path, _, function = path.rpartition(":")
+        if not os.path.exists(path):             # a size's name, or a mistake that is said later
+            continue
+        if flag == "data":
+            digest = content_digest(path, DATA_FILES)
+        else:
+            folder = Path(path)
+            if (folder / "model" / "config.json").exists():
+                folder = folder / "model"
+            sums = folder / SUMS
+            digest = content_digest(sums if sums.exists() else folder)
+        digests[flag] = f"{digest}:{function}" if function else digest
+    return digests
+
+
 def resumable(config, script):
     """Is this a new run, or the same one again?  -> true where there is a state to resume
 
-    Other flags than those that the run was started with are refused.
+    Refused where flags or inputs are not those that the run was started with, but for MAY_CHANGE.
     """
     return dist.on_rank_zero(lambda: _resumable(config, script))
 
@@ -72,10 +111,13 @@ def _resumable(config, script):
         SHA256SUMS lists one: somebody has removed it                  refused
         nothing was saved: a start with other flags loses nothing      new
     a state
-        of the same flags                                              resumed
+        of the same flags and inputs                                   resumed
         --steps has grown, under a constant schedule                   resumed
-        of other flags                                                 refused
+        of other flags or inputs                                       refused
     """
+    # before any of them is loaded, and anew: another run of this process may have written them
+    input_digests.cache_clear()
+    input_digests(config)
     out = Path(config.out)
     if not states(out) and not (out / "config.json").exists():
         expected = {*partial_files(out), out / SUMS}
@@ -93,18 +135,31 @@ def _resumable(config, script):
                 "name another folder, or remove this one"
             )
         return False
-    changes = _changed_flags(before["flags"], config)
+    changes = _changed_flags(before["flags"], before["inputs"], config)
     if changes:
-        raise InputError(f"--out {out} was started with other flags: {'; '.join(changes)}")
+        raise InputError(
+            f"--out {out} was started with other flags or inputs: {'; '.join(changes)}; "
+            "name another folder"
+        )
     return True
 
 
-def _changed_flags(old, config):
-    """-> words for each flag that must not change and has"""
+def _changed_flags(old, old_digests, config):
+    """-> words for each flag that must not change and has, itself or in what it names"""
+    digests = input_digests(config)
     changes = []
-    for key, value in asdict(config).items():
-        if key not in ("steps", "out") and old.get(key) != value:
-            changes.append(f"--{key} {old.get(key)!r:.80} is now {value!r}")
+    for field in fields(config):
+        key = field.name
+        value = getattr(config, key)
+        before = old.get(key, field.default)     # an older version lacked the flag
+        is_same = before == value
+        if key in digests and key in old_digests:
+            is_same = digests[key] == old_digests[key]     # wherever it lies
+        if key not in MAY_CHANGE and not is_same:
+            what = f"{before!r:.80} is now {value!r}"
+            if before == value:
+                what = f"{value!r} has other content now"
+            changes.append(f"--{key} {what}")
     steps = f"--steps {old['steps']} is now {config.steps}"
     if config.schedule != "constant" and config.steps != old["steps"]:
         changes.append(f"{steps} (only with --schedule constant: the learning rate depends on it)")
@@ -114,15 +169,18 @@ def _changed_flags(old, config):
 
 
 def _read_config(out):
-    """{script, flags} of the run: from config.json, or where that is damaged, from a state."""
+    """{script, flags, inputs} of the run: from config.json, or where that is damaged, a state."""
     problems = []
     for path in [out / "config.json", *states(out)]:
         try:
             if problem := file_damage(path):
                 raise InputError(f"{out}: {problem}")
             values = read_json(path) if path.suffix == ".json" else read_metadata(path)
+            values = {"inputs": {}} | values     # a state and older versions' runs have none
             match values:
-                case {"script": str(), "flags": {"steps": int(steps)}} if type(steps) is int:
+                case {
+                    "script": str(), "flags": {"steps": int(steps)}, "inputs": dict()
+                } if type(steps) is int:
                     if problems:
                         print(f"  warning: {problems[0]}; the flags are read from {path.name}")
                     return values
@@ -146,6 +204,7 @@ def write_config(config, script, parent):
         values = {
             "script": script,
             "flags": asdict(config),
+            "inputs": input_digests(config),
             "versions": {name: version(name) for name in LIBRARIES},
             "parent": lineage if "flags" in lineage else None
         }
@@ -217,13 +276,15 @@ def load(config, model, optimizer, initial):
                     "exp_avg_sq": torch.zeros_like(parameter)
                 }
             dist.broadcast(optimizer.state[parameter].values())
-    note = ""
-    if numbers["processes"] == dist.world_size():
-        # sums are split by threads: another number of them gives other last bits
+    # sums are split by processes and by threads: another number of them gives other last bits
+    to_the_bit = numbers["processes"] == dist.world_size()
+    if to_the_bit:
         torch.set_num_threads(numbers["threads"])
-    else:
-        note = f", to rounding: it had {numbers['processes']} processes, now {dist.world_size()}"
-    print(f"resuming at step {numbers['step']}{note}")
+    for flag in ROUNDING:
+        to_the_bit &= numbers["flags"].get(flag) == getattr(config, flag, None)
+    print(f"resuming at step {numbers['step']}")
+    if not to_the_bit:
+        print(f"from step {numbers['step']} on equal to rounding, not to the bit")
     return {name: numbers[name] for name in initial}
 
 
@@ -268,6 +329,8 @@ def _restore(path, model, optimizer, initial):
         low, high = (1, 2**16) if key in counts else (0, 2**31)
         if type(number) is not type(example) or not low <= number < high:
             raise ValueError(f"{key} is {number!r:.40}")
+    if type(numbers["flags"]) is not dict:
+        raise ValueError(f"flags are {numbers['flags']!r:.40}")
     parameters = dict(model.named_parameters())
     with open_tensors(path) as file:
         keys = set(file.keys())
