@@ -622,7 +622,7 @@ MISTAKES = [
         name="responses without a target counted",
         file=LOSSES,
         old="masked_mean(per_response, has_target,",
-        new="_mean(per_response, has_target >= 0,",
+        new="masked_mean(per_response, has_target >= 0,",
         test="test_losses.py::test_quantile_loss_means_over_targets_then_over_responses",
         says="A response without a target has loss 0 and must not dilute the mean.",
     ),
