@@ -80,7 +80,7 @@ def flex_or_dense(trunk, rows, device, dtype="bfloat16", repeats=3):
 
 
 def main(config):
-    check_bounds(config, groups=1, max_tokens=1, samples=4, rounds=1)
+    check_bounds(config, samples=4, rounds=1)
     if not torch.cuda.is_available():
         raise InputError("benchmarks.gpu needs a CUDA GPU, and there is none here")
     device = dist.setup("cuda", 0)

@@ -143,7 +143,7 @@ def written(config, work, against, goal, found, record, **more):
 
 
 def main(config):
-    check_bounds(config, groups=1, rounds=1)
+    check_bounds(config, rounds=1)
     device, tiny = dist.setup("cpu", bench.SEED), config.size == "tiny"
     torch.set_num_threads(table.THREADS)
     trunk = gpt2.GPT2(replace(gpt2.SIZES["gpt2"], **(bench.TINY if tiny else {})))

@@ -7,7 +7,7 @@ import contextlib
 
 import numpy as np
 
-from ..io.read import MAX_JSON_BYTES, InputError, parse_json, read_bytes
+from ..io.read import InputError, parse_json, read_bytes, read_json
 from .evaluate import COVERAGE_MARGIN, wilson
 from .figures import num
 
@@ -25,10 +25,6 @@ ESTIMATORS = ("gaussian", "kde", "histogram")
 
 
 # ---------------------------------------------------------------------------- reading and averaging
-
-def read(path):
-    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
-
 
 @contextlib.contextmanager
 def as_written(out):
@@ -49,14 +45,14 @@ def as_written(out):
 
 def load(out, seeds):
     """-> (study.json, [results of each seed], [{run: rows of its metrics.jsonl} of each seed])"""
-    study = read(out / "study.json")
+    study = read_json(out / "study.json")
     results = []
     metrics = []
     for seed in range(seeds):
         path = out / f"seed{seed}" / "results.json"
         if not path.exists():
             raise InputError(f"{path}: is missing; run the study to its end first")
-        results.append(read(path))
+        results.append(read_json(path))
         runs = [f"ppo-{arm}" for arm in results[-1].get("ways") or ()]
         runs += ["rm-together", "rm-apart"]
         metrics.append({run: read_lines(path.parent / run / "metrics.jsonl") for run in runs})

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from ..io.files import replace
+from ..io.read import read_json
 from . import figures, world
 from .evaluate import COVERAGE_MARGIN
 from .figures import num
@@ -26,7 +27,6 @@ from .findings import (
     many,
     mean,
     passes,
-    read,
     sentence_quantile,
     sentence_why,
     sentence_wins,
@@ -668,7 +668,7 @@ def section_panel(page, results):
 def section_made(page, out, study, seeds):
     page.section("made", "How it was made")
     path = out / "seed0" / "sft" / "config.json"
-    versions = (get(read(path), "versions") if path.exists() else None) or {}
+    versions = (get(read_json(path), "versions") if path.exists() else None) or {}
     versions = ", ".join(f"{name} {version}" for name, version in versions.items())
     done = {}
     seconds = {}
